@@ -1,0 +1,548 @@
+"""The closed loop (Sec. 3.5, Alg. 1): scheduler, joint training losses and the sampling loop.
+
+                  z_V,t, z_Mpv,t  (B,V,C,n,h,w)                    M_t  (B,V,N,K,3)
+                        |                                           |
+    z_I, P, rays --> [ MJD ] --> z_V, z_Mpv clean estimates, s      |
+          +------------>|                  |                        |
+          |                                v                        |
+          |                 VAE decode, Denorm & Unproj             |
+          |                 coarse tracks (B,V,N,K,3) metres --> [ DPA ]
+          |                                                         |
+          |                 VAE encode, Proj & Norm  <--- aligned tracks (B,V,N,K,3) metres
+          +--- z~ (B,V,C,n,h,w), motion guidance of the *next* step |
+
+The one departure that matters (measured, README): Alg. 1 reads the coarse tracks from *noisy*
+latents; decoded, those are useless (6-23 cm). We read them from the clean estimate z_t - t v^, in
+training (of a pass without gradient) as in sampling (of the step before).
+
+Run `python cycle.py` to watch tracks and picture improve step by step, loop on against off.
+"""
+
+import math
+import pickle
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+
+from data import (FOREGROUND_THRESHOLD, SyntheticHOI, camera_centres, choose_anchors, film_strip,
+                  plucker_rays, project, pseudo_video_to_tracks, tracks_to_pseudo_video)
+from dpa import DPA, chamfer_distance
+from mjd import MJD, VideoVAE
+
+
+# ------------------------------------------------------------------------------------ scheduler
+
+class DDIMScheduler:
+    """DDIM and rectified flow as one: a path z_t = alpha(t) z_0 + sigma(t) z_1, t in [0,1].
+
+    The network predicts the velocity d z_t / d t; from it follow the clean and the noise estimate,
+    which DDIM mixes anew at the next time. path="flow": alpha = 1-t, sigma = t, and with eta = 0
+    a step *is* the paper's Euler step (Sec. 3.1, Eq. 2). path="cosine": classic DDIM.
+    All t are (B,) or scalars; noisy, clean, noise, velocity (B,...).
+    """
+
+    def __init__(self, path="flow"):
+        if path not in ("flow", "cosine"):
+            raise ValueError(f'expected path "flow" or "cosine", got {path!r}')
+        self.path = path
+
+    def coefficients(self, t, like):
+        """alpha, sigma and their derivatives by t, shaped to multiply `like` (B,...)."""
+        t = torch.as_tensor(t, dtype=torch.float32, device=like.device)
+        t = t.reshape(-1, *[1] * (like.ndim - 1))
+        if self.path == "flow":
+            return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
+        angle = math.pi / 2 * t
+        return angle.cos(), angle.sin(), -math.pi / 2 * angle.sin(), math.pi / 2 * angle.cos()
+
+    def add_noise(self, clean, noise, t):
+        """z_t (Eq. 1)."""
+        alpha, sigma, _, _ = self.coefficients(t, clean)
+        return alpha * clean + sigma * noise
+
+    def velocity(self, clean, noise, t):
+        """d z_t / d t, what the networks learn: z_1 - z_0 on the flow path (Eq. 1)."""
+        _, _, alpha_dot, sigma_dot = self.coefficients(t, clean)
+        return alpha_dot * clean + sigma_dot * noise
+
+    def predict(self, velocity, noisy, t):
+        """Clean and noise estimates: the two equations above, solved for z_0 and z_1."""
+        alpha, sigma, alpha_dot, sigma_dot = self.coefficients(t, noisy)
+        determinant = alpha * sigma_dot - sigma * alpha_dot
+        clean = (sigma_dot * noisy - sigma * velocity) / determinant
+        noise = (alpha * velocity - alpha_dot * noisy) / determinant
+        return clean, noise
+
+    def step(self, velocity, noisy, t, t_next, eta=0.0, generator=None):
+        """z at t_next < t (Eq. 2). eta in [0,1] exchanges predicted noise for fresh noise."""
+        clean, noise = self.predict(velocity, noisy, t)
+        alpha, sigma, _, _ = self.coefficients(t, noisy)
+        alpha_next, sigma_next, _, _ = self.coefficients(t_next, noisy)
+        if not eta:
+            return alpha_next * clean + sigma_next * noise
+        ratio = (alpha * sigma_next / (alpha_next * sigma)).square().clamp(max=1)
+        fresh = eta * sigma_next * (1 - ratio).sqrt()
+        drawn = torch.randn(noisy.shape, generator=generator).to(noisy)
+        return alpha_next * clean + (sigma_next.square() - fresh.square()).sqrt() * noise + fresh * drawn
+
+    @staticmethod
+    def times(steps, shift=1.0):
+        """steps + 1 times from 1 to 0, float list; shift > 1 spends more of them near noise."""
+        return [shift * s / (1 + (shift - 1) * s) for s in (1 - i / steps for i in range(steps + 1))]
+
+
+# --------------------------------------------------------------------------------------- models
+
+@dataclass
+class Models:
+    """The three networks and the settings they were made with (plain numbers and strings)."""
+    vae: VideoVAE
+    mjd: MJD
+    dpa: DPA
+    config: dict = field(default_factory=dict)
+
+    def to(self, device):
+        for module in (self.vae, self.mjd, self.dpa):
+            module.to(device)
+        return self
+
+    @property
+    def device(self):
+        return self.mjd.special.device
+
+    @property
+    def networks(self):
+        return {"vae": self.vae, "mjd": self.mjd, "dpa": self.dpa}
+
+
+def build_models(config):
+    """Fresh networks of config: {"vae": ..., "mjd": ..., "dpa": ...} keyword dicts, and more."""
+    channels = config["vae"]["channels"]
+    return Models(VideoVAE(**config["vae"]), MJD(channels=channels, **config["mjd"]),
+                  DPA(**config["dpa"]), config)
+
+
+def load_models(path, device="cpu"):
+    """Models from a checkpoint of train.py. ValueError says why a file is refused."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"expected a checkpoint at {path}, found no file: train one with "
+                         f"`python train.py --stage all --out {path.parent}`")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0][:120]
+        raise ValueError(f"expected a checkpoint of train.py in {path}, but it is damaged or holds "
+                         f"more than tensors ({reason}): train or copy it again") from None
+    if not isinstance(checkpoint, dict) or not {"config", "vae", "mjd", "dpa"} <= set(checkpoint):
+        raise ValueError(f"expected a checkpoint of train.py in {path}, got something without the "
+                         f"keys config, vae, mjd, dpa: pass the file that train.py wrote")
+    models = build_models(checkpoint["config"])
+    for name, network in models.networks.items():
+        try:
+            network.load_state_dict({k: v.float() for k, v in checkpoint[name].items()})
+        except RuntimeError as error:
+            reason = str(error).split("\n")[1].strip()[:160]
+            raise ValueError(f"the weights of {name} in {path} do not fit its own settings "
+                             f"({reason}): the file is of another version, train again") from None
+        network.eval().requires_grad_(False)
+    return models.to(device)
+
+
+def moving_psnr(video, truth, threshold=0.1):
+    """PSNR in dB over the moving pixels of videos (...,3,N,H,W) in [-1,1]: those of frames 1.. whose
+    true colour has left that of frame 0 by more than `threshold` in some channel."""
+    moving = ((truth - truth[..., :1, :, :]).abs().amax(-4, keepdim=True) > threshold)
+    error = (video - truth).square().mean(-4, keepdim=True)[moving].mean() / 4     # range 2
+    return -10 * torch.log10(error.clamp_min(1e-10)).item()
+
+
+def bf16_is_faster(device):
+    """Measured, not hoped: a matrix product in bf16 against fp32."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(1024, 1024, device=device, dtype=dtype)
+        for repeat in range(4):               # the first one warms up
+            start = time.perf_counter()
+            (a @ a).sum().item()
+            seconds[dtype] = min(seconds.get(dtype, 1e9), time.perf_counter() - start) \
+                if repeat else 1e9
+    return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
+
+
+# ----------------------------------------------------------------- between latents and tracks
+
+def fold(tensor):
+    """(B,V,...) -> (B*V,...): data.py's functions take any number of views."""
+    return tensor.flatten(0, 1)
+
+
+def encode(vae, video, modality):
+    """(B,V,3,N,H,W) in [-1,1] -> latents (B,V,C,n,h,w)."""
+    return vae.encode(fold(video), modality).unflatten(0, video.shape[:2])
+
+
+def decode(vae, latents, modality):
+    """Latents (B,V,C,n,h,w) -> video (B,V,3,N,H,W), clamped to [-1,1]."""
+    return vae.decode(fold(latents), modality).clamp(-1, 1).unflatten(0, latents.shape[:2])
+
+
+def insert_reference(latents, reference, given):
+    """Latent frame 0 becomes the clean z_I (B,V,C,1,h,w) in the views that were given (B,V)."""
+    first = torch.where(given[..., None, None, None, None], reference, latents[:, :, :, :1])
+    return torch.cat([first, latents[:, :, :, 1:]], 3)
+
+
+def read_tracks(vae, motion, scale, cameras, num_tracks, anchors=None, previous=None):
+    """Denorm&Dec: clean motion latents (B,V,C,n,h,w) and scale (B,V,2) -> a Coarse.
+
+    cameras: (intrinsics (B,V,3,3), extrinsics (B,V,4,4)). anchors (B,V,K,2) pixels are kept if
+    given; otherwise they are chosen on the decoded frame 0, keeping the slots of `previous`.
+    """
+    shape = motion.shape[:2]
+    pseudo = (fold(decode(vae, motion, "motion")) + 1) / 2                    # (B*V,3,N,H,W)
+    if anchors is None:
+        foreground = pseudo[:, 2, 0] > FOREGROUND_THRESHOLD
+        previous = previous if previous is None else fold(previous)
+        anchors = choose_anchors(foreground, num_tracks, previous).unflatten(0, shape)
+    # A network's scale can be anything early in training: keep it an interval in front of the camera.
+    near = scale[..., 0].clamp_min(0.05)
+    scale = torch.stack([near, torch.maximum(scale[..., 1], near + 0.01)], -1)
+    intrinsics, extrinsics = cameras
+    tracks, _, valid = pseudo_video_to_tracks(pseudo, fold(scale), fold(intrinsics), fold(extrinsics),
+                                              num_tracks, fold(anchors))
+    return Coarse(tracks.unflatten(0, shape), anchors, valid.unflatten(0, shape), scale,
+                  pseudo.unflatten(0, shape))
+
+
+@dataclass
+class Coarse:
+    """What the pseudo videos say: tracks (B,V,N,K,3) metres, anchors (B,V,K,2) pixels, valid
+    (B,V,N,K), scale (B,V,2) metres, pseudo (B,V,3,N,H,W) in [0,1]."""
+    tracks: torch.Tensor
+    anchors: torch.Tensor
+    valid: torch.Tensor
+    scale: torch.Tensor
+    pseudo: torch.Tensor
+
+
+def camera_rays(cameras, size):
+    """Pluecker rays (B,V,6,H,W) of cameras (B,V,...)."""
+    return plucker_rays(*map(fold, cameras), size).unflatten(0, cameras[0].shape[:2])
+
+
+def draw_guidance(vae, tracks, scale, cameras, size, valid=None):
+    """z~ = E(ProjNorm(M~)), (B,V,C,n,h,w), Alg. 1 line 3.
+
+    Tracks (B,V,N,K,3) are one set of world points: the tracks of *all* views are drawn in each, so
+    the guidance is V times denser than a view's own tracks and carries what the others saw.
+    """
+    batch, views = tracks.shape[:2]
+    everything = repeat(tracks, "b u n k c -> (b v) n (u k) c", v=views)
+    if valid is not None:
+        valid = repeat(valid, "b u n k -> (b v) n (u k)", v=views)
+    pseudo, _ = tracks_to_pseudo_video(everything, fold(cameras[0]), fold(cameras[1]), size,
+                                       fold(scale), valid=valid)
+    return encode(vae, 2 * pseudo.unflatten(0, (batch, views)) - 1, "motion")
+
+
+def align(dpa, noisy, coarse, t, cameras, size):
+    """One DPA estimate: velocity of `noisy` (B,V,N,K,3), normalised (Sec. 3.4, Eq. 4)."""
+    width_height = coarse.anchors.new_tensor([size[1], size[0]])
+    return dpa(noisy, coarse.tracks, t, valid=coarse.valid, anchors=coarse.anchors / width_height,
+               camera_centres=camera_centres(cameras[1]))
+
+
+# --------------------------------------------------------------------------- training (Alg. 1)
+
+def draw_given(batch, views, generator=None, device="cpu"):
+    """Which references are shown, (B,V) bool: of each sample 1..V views, all of them half of the
+    time. So one image is enough at sampling; with V = 1 it is always shown."""
+    order = torch.rand(batch, views, generator=generator).argsort(1).argsort(1)
+    count = torch.randint(1, 2 * views, (batch, 1), generator=generator).clamp(max=views)
+    return (order < count).to(device)
+
+
+def joint_losses(models, batch, scheduler, use_guidance=True, use_dpa=True, text_dropout=0.1,
+                 generator=None):
+    """Alg. 1, one training step: a dict of loss parts whose sum is L = L_MJD + L_DPA (line 7).
+
+    batch: a collated sample dict of data.py, on the models' device. use_guidance=False leaves out
+    line 3 (it is dropped at random in training, so that the loop can be switched off);
+    use_dpa=False leaves out lines 3, 5 and 6 (the warm-up of the base model). generator: a CPU
+    torch.Generator. The paper gives no weights for the parts: they are 1.
+    """
+    noisy = diffuse(models, batch, scheduler, text_dropout, generator)            # lines 1, 2
+    guidance = refine(models, noisy, scheduler) if use_guidance and use_dpa else None
+    losses, motion, scale = mjd_losses(models.mjd, noisy, scheduler, guidance)
+    if use_dpa:
+        losses |= dpa_losses(models, noisy, scheduler, motion, scale, generator)
+    return losses
+
+
+def diffuse(models, batch, scheduler, text_dropout=0.1, generator=None):
+    """Alg. 1, lines 1 and 2: encode everything and add noise of one common t. A namespace."""
+    count, views = batch["video"].shape[:2]
+    size, device = batch["video"].shape[-2:], models.device
+    cameras = batch["intrinsics"], batch["extrinsics"]
+    drop = (torch.rand(count, generator=generator) < text_dropout).tolist()
+    given = draw_given(count, views, generator, device)
+    t = torch.rand(count, generator=generator).to(device)
+    with torch.no_grad():
+        # Line 1: s and M_pv = ProjNorm(M) come drawn from the data set. z_I needs no pass of its
+        # own: the VAE is causal, so it is latent frame 0 of z_V.
+        video = encode(models.vae, batch["video"], "video")
+        motion = encode(models.vae, batch["pseudo"], "motion")
+        points = models.dpa.normalise(batch["tracks"])                            # (B,V,N,K,3)
+        anchors = project(fold(batch["tracks"][:, :, 0]), *map(fold, cameras))[0]
+        # Line 2: z_V,t with its clean first frame, z_Mpv,t and M_t.
+        noise = [torch.randn(x.shape, generator=generator).to(x) for x in (video, motion, points)]
+        video_t, motion_t, points_t = (scheduler.add_noise(x, e, t)
+                                       for x, e in zip((video, motion, points), noise))
+        video_t = insert_reference(video_t, video[:, :, :, :1], given)
+    return SimpleNamespace(
+        t=t, given=given, cameras=cameras, size=size, scale=batch["scale"],
+        prompts=["" if d else prompt for d, prompt in zip(drop, batch["prompt"])],
+        rays=camera_rays(cameras, size), anchors=anchors.unflatten(0, (count, views)),
+        video=video, motion=motion, points=points, video_t=video_t, motion_t=motion_t,
+        points_t=points_t, noise_video=noise[0], noise_motion=noise[1], noise_points=noise[2])
+
+
+@torch.no_grad()
+def refine(models, noisy, scheduler):
+    """Alg. 1, line 3, without gradient: M~ = G_DPA(M_t, coarse, t), z~ = E(ProjNorm(M~)).
+
+    The coarse tracks are those of an unguided pass of the MJD: sampling has the step before.
+    """
+    _, velocity, scale = models.mjd(noisy.video_t, noisy.motion_t, noisy.t,
+                                    models.mjd.text(noisy.prompts), noisy.rays, noisy.given)
+    clean, _ = scheduler.predict(velocity, noisy.motion_t, noisy.t)
+    coarse = read_tracks(models.vae, clean, scale, noisy.cameras, noisy.points.shape[3],
+                         noisy.anchors)
+    velocity = align(models.dpa, noisy.points_t, coarse, noisy.t, noisy.cameras, noisy.size)
+    refined = models.dpa.denormalise(scheduler.predict(velocity, noisy.points_t, noisy.t)[0])
+    return draw_guidance(models.vae, refined, coarse.scale, noisy.cameras, noisy.size)
+
+
+def mjd_losses(mjd, noisy, scheduler, guidance=None):
+    """Alg. 1, line 4: L_MJD (Eq. 3) in parts, the clean motion estimate and s^ for line 5."""
+    velocity_video, velocity_motion, scale = mjd(          # see mjd.py for how guidance is "added"
+        noisy.video_t, noisy.motion_t, noisy.t, mjd.text(noisy.prompts), noisy.rays, noisy.given,
+        guidance)
+    error = velocity_video - scheduler.velocity(noisy.video, noisy.noise_video, noisy.t)
+    free = torch.ones_like(error)
+    free = insert_reference(free, torch.zeros_like(free[:, :, :, :1]), noisy.given)
+    losses = {"video": (free * error.square()).sum() / free.sum(),  # a given frame is not predicted
+              "motion": F.mse_loss(velocity_motion, scheduler.velocity(
+                  noisy.motion, noisy.noise_motion, noisy.t)),
+              "scale": F.mse_loss(scale / mjd.scale_unit, noisy.scale / mjd.scale_unit)}
+    clean, _ = scheduler.predict(velocity_motion.detach(), noisy.motion_t, noisy.t)
+    return losses, clean, scale.detach()
+
+
+def dpa_losses(models, noisy, scheduler, motion, scale, generator=None, chamfer_points=256):
+    """Alg. 1, lines 5 and 6: L_DPA = MSE(v, v_M) + Chamfer(M^, M) (Eq. 4), normalised units.
+
+    Line 5 steps the motion latents; here straight to t = 0, their clean estimate `motion`. The
+    Chamfer distance is between all views' points of a time step, on a random subset of the slots.
+    """
+    with torch.no_grad():
+        coarse = read_tracks(models.vae, motion, scale, noisy.cameras, noisy.points.shape[3],
+                             noisy.anchors)
+    velocity = align(models.dpa, noisy.points_t, coarse, noisy.t, noisy.cameras, noisy.size)
+    clean, _ = scheduler.predict(velocity, noisy.points_t, noisy.t)
+    sets = [rearrange(x, "b v n k c -> (b n) (v k) c") for x in (clean, noisy.points)]
+    some = torch.randperm(sets[0].shape[1], generator=generator)[:chamfer_points].to(clean.device)
+    wanted = scheduler.velocity(noisy.points, noisy.noise_points, noisy.t)
+    return {"points": F.mse_loss(velocity, wanted),
+            "chamfer": chamfer_distance(sets[0][:, some], sets[1][:, some])}
+
+
+# ------------------------------------------------------------------------- sampling (Sec. 3.5)
+
+@dataclass
+class SampleState:
+    """What the loop knows after a step: all are estimates of the *clean* result.
+
+    step of steps, t: the time just left; latents and motion (B,V,C,n,h,w); tracks (B,V,N,K,3)
+    metres: aligned by the DPA, or coarse without it; valid (B,V,N,K); anchors (B,V,K,2) pixels;
+    scale (B,V,2) metres; pseudo (B,V,3,N,H,W) in [0,1]; vae to decode with.
+    """
+    step: int
+    steps: int
+    t: float
+    latents: torch.Tensor
+    motion: torch.Tensor
+    coarse: Coarse
+    tracks: torch.Tensor
+    vae: VideoVAE
+
+    def video(self):
+        """(B,V,3,N,H,W) in [-1,1]."""
+        return decode(self.vae, self.latents, "video")
+
+
+@torch.no_grad()
+def sample(models, reference, given, prompts, cameras, frames, steps=25, text_scale=1.0,
+           num_tracks=256, anchors=None, cycle=True, use_dpa=True, cycle_every=1, shift=1.0,
+           eta=0.0, seed=0):
+    """The closed loop of Sec. 3.5: a generator of one SampleState a step, the last is the result.
+
+    reference (B,V,3,H,W) in [-1,1], ignored where given (B,V) is False; prompts: B strings;
+    cameras: intrinsics (B,V,3,3), extrinsics (B,V,4,4); text_scale: classifier-free guidance on
+    the text, 1 = off; anchors (B,V,K,2) pixels to follow, or None to choose them.
+    Every `cycle_every` steps (and at the last) the DPA aligns the coarse tracks of the clean
+    estimate; drawn and encoded they guide the next MJD steps. cycle=False: the DPA aligns, but
+    nothing is fed back. use_dpa=False: no DPA, and so no loop. The paper's sampling pseudo-code is
+    unpublished: this is training's Alg. 1 with the estimate of the step before.
+    """
+    check_sample_inputs(models, reference, given, prompts, cameras, steps, cycle_every)
+    scheduler = DDIMScheduler("flow")                       # the path that the networks learnt
+    generator = torch.Generator().manual_seed(seed)
+    device, (batch, views), size = models.device, given.shape, reference.shape[-2:]
+    shape = models.vae.latent_size(frames, *size)
+    clean_reference = encode(models.vae, reference[:, :, :, None], "video")
+
+    def noise(*shape):
+        return torch.randn(shape, generator=generator).to(device)
+
+    video = noise(batch, views, models.vae.channels, *shape)
+    motion = noise(batch, views, models.vae.channels, *shape)
+    point_noise = noise(batch, views, frames, num_tracks, 3)
+    predict = MotionPredictor(models.mjd, prompts, camera_rays(cameras, size), given, text_scale)
+    points, guidance, slots = point_noise, None, None
+    times = scheduler.times(steps, shift)
+    for step, (t, t_next) in enumerate(zip(times, times[1:])):
+        video = insert_reference(video, clean_reference, given)
+        velocity_video, velocity_motion, scale = predict(video, motion, t, guidance)
+        clean = [scheduler.predict(v, z, t)[0] for v, z in ((velocity_video, video),
+                                                            (velocity_motion, motion))]
+        clean[0] = insert_reference(clean[0], clean_reference, given)
+        video = scheduler.step(velocity_video, video, t, t_next, eta, generator)
+        motion = scheduler.step(velocity_motion, motion, t, t_next, eta, generator)
+        coarse = read_tracks(models.vae, clean[1], scale, cameras, num_tracks, anchors, slots)
+        tracks = coarse.tracks
+        if use_dpa and (step % cycle_every == 0 or step == steps - 1):
+            now = torch.full((batch,), t, device=device)
+            points = restart_slots(scheduler, points, slots, coarse, point_noise, t, models.dpa)
+            velocity = align(models.dpa, points, coarse, now, cameras, size)
+            tracks = models.dpa.denormalise(scheduler.predict(velocity, points, t)[0])
+            t_points = times[min(step + cycle_every, max(step + 1, steps - 1))]
+            points, slots = scheduler.step(velocity, points, t, t_points), coarse.anchors
+            if cycle and step < steps - 1:
+                guidance = draw_guidance(models.vae, tracks, coarse.scale, cameras, size)
+        yield SampleState(step + 1, steps, t, *clean, coarse, tracks, models.vae)
+
+
+class MotionPredictor:
+    """The MJD with everything that stays the same during sampling done once, and classifier-free
+    guidance on the text as one batch: v = v_empty + text_scale (v_text - v_empty)."""
+
+    def __init__(self, mjd, prompts, rays, given, text_scale):
+        self.mjd, self.text_scale = mjd, text_scale
+        self.copies = 1 if text_scale == 1 else 2
+        self.text = mjd.text(list(prompts) + [""] * len(prompts) * (self.copies - 1))
+        self.rays, self.given = self.copy(rays), self.copy(given)
+
+    def copy(self, tensor):
+        return None if tensor is None else torch.cat([tensor] * self.copies)
+
+    def __call__(self, video, motion, t, guidance):
+        time = torch.full((self.copies * len(video),), t, device=video.device)
+        out = self.mjd(self.copy(video), self.copy(motion), time, self.text, self.rays, self.given,
+                       self.copy(guidance))
+        if self.copies == 1:
+            return out
+        return [empty + self.text_scale * (text - empty)
+                for text, empty in (value.float().chunk(2) for value in out)]
+
+
+def restart_slots(scheduler, points, slots, coarse, noise, t, dpa):
+    """M_t of slots that follow another anchor than at the step before starts anew from the coarse
+    track, at noise level t; points and noise (B,V,N,K,3), anchors (B,V,K,2) or None at the start."""
+    if anchors is None:
+        return points
+    moved = (anchors != coarse.anchors).any(-1)[:, :, None, :, None]
+    clean = dpa.normalise(torch.where(coarse.valid[..., None], coarse.tracks, dpa.scene_centre))
+    return torch.where(moved, scheduler.add_noise(clean, noise, t), points)
+
+
+def check_sample_inputs(models, reference, given, prompts, cameras, steps, cycle_every):
+    """ValueError unless the arguments of `sample` fit together."""
+    batch, views = given.shape
+    shapes = {"reference": (reference, (batch, views, 3, *reference.shape[-2:])),
+              "intrinsics": (cameras[0], (batch, views, 3, 3)),
+              "extrinsics": (cameras[1], (batch, views, 4, 4))}
+    for name, (tensor, shape) in shapes.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: expected {shape} for {batch} x {views} views, got "
+                             f"{tuple(tensor.shape)}")
+    if len(prompts) != batch:
+        raise ValueError(f"expected {batch} prompts, one a batch item, got {len(prompts)}")
+    if not given.any(1).all():
+        raise ValueError("expected at least one reference view in every batch item, got none")
+    if steps < 1 or cycle_every < 1:
+        raise ValueError(f"expected steps and cycle_every >= 1, got {steps} and {cycle_every}")
+
+
+# --------------------------------------------------------------------------------------- lesson
+
+def watch(models, scene, steps, **switches):
+    """Samples a scene with its true anchors; after each step: t, dB in moving pixels, mean error in
+    cm of the coarse and of the aligned tracks. Returns these rows and the last video (V,3,N,H,W)."""
+    cameras = scene["intrinsics"][None], scene["extrinsics"][None]
+    anchors = project(scene["tracks"][:, 0], *(c[0] for c in cameras))[0][None]
+    visible, rows = scene["visible"][None], []
+    given = torch.tensor([[True] * len(scene["video"])])
+    for state in sample(models, scene["video"][None, :, :, 0], given, [scene["prompt"]], cameras,
+                        scene["video"].shape[2], steps, anchors=anchors,
+                        num_tracks=anchors.shape[2], **switches):
+        errors = [100 * (tracks - scene["tracks"]).norm(dim=-1)[visible].mean().item()
+                  for tracks in (state.coarse.tracks, state.tracks)]
+        rows.append((state.t, moving_psnr(state.video()[0], scene["video"]), *errors))
+    return rows, state.video()[0]
+
+
+def lesson(steps=8):
+    """One held-out scene with the shipped weights: every step, loop on against loop off."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    models = load_models(Path(__file__).parent / "weights" / "small.pt")
+    config = models.config
+    scene = SyntheticHOI("val", size=tuple(config["size"]), frames=config["frames"],
+                         views=config["views"], tracks=config["tracks"])[0]
+    bf16 = bf16_is_faster(models.device)
+    with torch.autocast(models.device.type, torch.bfloat16, enabled=bf16):
+        on, video = watch(models, scene, steps)
+        off, _ = watch(models, scene, steps, cycle=False)
+    still = scene["video"][:, :, :1].expand_as(scene["video"])
+    print(f"{scene['prompt']}, {steps} steps, three references; first frame repeated: "
+          f"{moving_psnr(still, scene['video']):.2f} dB")
+    print("        moving pixels, dB   coarse tracks, cm   aligned tracks, cm")
+    print("   t      loop on     off     loop on     off     loop on      off")
+    for (t, *a), (_, *b) in zip(on, off):
+        print(f"  {t:4.2f}" + "".join(f"  {x:10.2f}{y:8.2f}" for x, y in zip(a, b)))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 4), layout="constrained",
+                                         width_ratios=(1, 2))
+    for rows, loop, style in ((on, "loop on", "-"), (off, "loop off", "--")):
+        for index, name in ((2, "coarse"), (3, "aligned")):
+            left.plot([row[0] for row in rows], [row[index] for row in rows], style,
+                      label=f"{name}, {loop}")
+    left.set(xlabel="t (1 = noise)", ylabel="mean track error, cm", xlim=(1, 0))
+    left.legend()
+    right.imshow(torch.cat([film_strip(clip[1], 7) for clip in (scene["video"], video)]))
+    right.set_title("centre view: truth above, sample below", fontsize=10)
+    right.axis("off")
+    Path("out").mkdir(exist_ok=True)
+    figure.savefig("out/cycle.png", dpi=100)
+    print("wrote out/cycle.png")
+
+
+if __name__ == "__main__":
+    lesson()

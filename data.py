@@ -1,0 +1,1058 @@
+"""Geometry, the motion representation (Proj & Norm, Denorm & Unproj) and the two data sets.
+
+    tracks (V,N,K,3) --project--> pixel + depth --colour by anchor--> motion pseudo video (V,3,N,H,W)
+           ^                                                                    |
+           +---- unproject <-- pixel of the colour, depth from blue <-----------+
+
+Units and frames, everywhere in this project
+    points, tracks   metres, world frame (the synthetic world: z up, origin on the table)
+    depth, scale     metres along the camera's z axis
+    uv, anchors      pixels; the centre of the top left pixel is (0.5, 0.5)
+    intrinsics       (V,3,3) in pixels; extrinsics (V,4,4) world -> camera, OpenCV (x right, y down,
+                     z forward)
+    video, pseudo    in a sample dict both are in [-1, 1]; the functions below draw and read [0, 1]
+
+Run `python data.py` for a look at one scene (out/data.png), `python data.py --taco DIR --mano DIR`
+for a look at the real data set.
+"""
+
+import functools
+import math
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+
+FOREGROUND_BLUE = 0.3   # blue of the nearest point; the background's is 0, so they never meet
+FOREGROUND_THRESHOLD = 0.15  # half way: a decoded pixel with more blue than this is foreground
+
+
+# ------------------------------------------------------------------------------------- geometry
+
+def project(points, intrinsics, extrinsics):
+    """World points (V,...,3) in metres -> uv (V,...,2) in pixels, depth (V,...) in metres.
+
+    OpenCV camera: `uv = K (R X + T) / z`. Points behind the camera keep their negative depth.
+    """
+    shape = points.shape[:-1]
+    points = points.reshape(shape[0], -1, 3)
+    camera = points @ extrinsics[:, :3, :3].mT + extrinsics[:, None, :3, 3]  # (V, P, 3)
+    depth = camera[..., 2]
+    divisor = torch.where(depth.abs() < 1e-6, 1e-6, depth)[..., None]
+    uv = (camera @ intrinsics.mT)[..., :2] / divisor
+    return uv.reshape(*shape, 2), depth.reshape(shape)
+
+
+def unproject(uv, depth, intrinsics, extrinsics):
+    """The inverse of `project`: uv (V,...,2) pixels, depth (V,...) metres -> world points (V,...,3)."""
+    shape = depth.shape
+    uv, depth = uv.reshape(shape[0], -1, 2), depth.reshape(shape[0], -1, 1)
+    camera = torch.cat([uv, torch.ones_like(depth)], -1) @ torch.linalg.inv(intrinsics).mT * depth
+    world = (camera - extrinsics[:, None, :3, 3]) @ extrinsics[:, :3, :3]
+    return world.reshape(*shape, 3)
+
+
+def camera_centres(extrinsics):
+    """Camera positions (...,3) in world metres of extrinsics (...,4,4)."""
+    return -(extrinsics[..., :3, :3].mT @ extrinsics[..., :3, 3:])[..., 0]
+
+
+def pixel_centres(size, device=None):
+    """uv (H,W,2) of the pixel centres of a picture of size (H,W)."""
+    height, width = size
+    v, u = torch.meshgrid(torch.arange(height, device=device) + 0.5,
+                          torch.arange(width, device=device) + 0.5, indexing="ij")
+    return torch.stack([u, v], -1)
+
+
+def plucker_rays(intrinsics, extrinsics, size):
+    """Rays of all pixels, (V,6,H,W): unit direction and moment (centre x direction), world frame."""
+    uv = repeat(pixel_centres(size, intrinsics.device), "h w c -> v h w c", v=len(intrinsics))
+    points = unproject(uv, torch.ones_like(uv[..., 0]), intrinsics, extrinsics)
+    centres = camera_centres(extrinsics)[:, None, None].expand_as(points)
+    direction = F.normalize(points - centres, dim=-1)
+    rays = torch.cat([direction, torch.linalg.cross(centres, direction)], -1)
+    return rearrange(rays, "v h w c -> v c h w")
+
+
+# ------------------------------------------------------- motion representation (Sec. 3.2, Fig. 3)
+
+def anchor_colours(anchors, depth, scale, size):
+    """The code of colours: *which* point (red, green) and *how far* it is now (blue).
+
+    anchors (...,2): pixels of the point in frame 0 of this view; depth (...) metres, now;
+    scale (...,2): d_min, d_max of the view, broadcastable. Returns (...,3) in [0,1].
+    Blue starts at 0.3: foreground can be told from the background (blue 0) without doubt.
+    """
+    height, width = size
+    near, far = scale[..., 0], scale[..., 1]
+    normalised = ((depth - near) / (far - near).clamp_min(1e-6)).clamp(0, 1)
+    blue = FOREGROUND_BLUE + (1 - FOREGROUND_BLUE) * normalised
+    red_green = (anchors / anchors.new_tensor([width, height])).clamp(0, 1)
+    return torch.cat([red_green.expand(*blue.shape, 2), blue[..., None]], -1)
+
+
+def background_ramp(size, device=None):
+    """Background of a pseudo video, (3,H,W): every pixel's own position, at blue 0.
+
+    Departs from the paper's black: the still background is simply tracked too, so red and green
+    are smooth across silhouettes, and a VAE keeps anchors three times better (FACTS: 1.2 px
+    against 3.7 px at equal training).
+    """
+    height, width = size
+    ramp = pixel_centres(size, device) / torch.tensor([width, height], device=device)
+    return F.pad(rearrange(ramp, "h w c -> c h w"), (0, 0, 0, 0, 0, 1))
+
+
+def tracks_to_pseudo_video(tracks, intrinsics, extrinsics, size, scale=None, radius=None,
+                           valid=None):
+    """Proj & Norm: draw every track at its current pixel in the colour of its anchor.
+
+    tracks (V,N,K,3) metres, world, slot k of all frames is one surface point; size (H,W) pixels;
+    scale (V,2) metres or None for the min and max of the tracks' depths; valid (V,N,K) bool or
+    None: slots to draw. Returns pseudo (V,3,N,H,W) in [0,1] and scale (V,2).
+    A z-buffered splat, nearest wins. Points are small cones rather than flat discs: at equal depth
+    a pixel goes to the nearest point, so that dense tracks draw exact colours. The radius in
+    pixels, by default the points' typical spacing, is taken off the silhouette again (a closing).
+    """
+    views, frames, count = tracks.shape[:3]
+    if frames < 1 or count < 1:
+        raise ValueError(f"expected tracks (V,N,K,3) with N, K >= 1, got {tuple(tracks.shape)}")
+    uv, depth = project(tracks, intrinsics, extrinsics)                    # (V,N,K,2), (V,N,K)
+    valid = (depth > 1e-3) & (True if valid is None else valid)
+    if scale is None:
+        scale = depth_range(depth, valid)
+    colours = anchor_colours(uv[:, :1].expand_as(uv), depth, scale[:, None, None], size)
+    radius = radius or max(1.0, 0.9 * (0.3 * size[0] * size[1] / count) ** 0.5)
+    winner, found = splat(uv.flatten(0, 1), depth.flatten(0, 1), valid.flatten(0, 1), size, radius)
+    drawn = torch.gather(colours.flatten(0, 1), 1, repeat(winner, "f p -> f p c", c=3))
+    drawn = rearrange(drawn, "(v n) (h w) c -> v c n h w", v=views, h=size[0])
+    found = rearrange(found, "(v n) (h w) -> v 1 n h w", v=views, h=size[0])
+    if radius >= 1.5:
+        found = erode(found)
+    background = background_ramp(size, tracks.device)[None, :, None]
+    return torch.where(found, drawn, background), scale
+
+
+def depth_range(depth, valid):
+    """d_min, d_max (V,2) in metres of depth (V,N,K) where valid (V,N,K) is True."""
+    near = torch.where(valid, depth, torch.inf).flatten(1).amin(1)
+    far = torch.where(valid, depth, -torch.inf).flatten(1).amax(1)
+    return torch.nan_to_num(torch.stack([near, far], -1), posinf=0.0, neginf=1.0)
+
+
+def splat(uv, depth, valid, size, radius):
+    """z-buffer of points uv (F,K,2), depth (F,K), valid (F,K): winning slot (F,HW) and hit (F,HW).
+
+    One scatter-min over 64-bit keys: depth in 0.1 mm (plus 2 mm for every pixel off the point) in
+    the high bits, the slot in the low ones.
+    """
+    height, width = size
+    reach = int(radius + 0.5)
+    steps = torch.arange(-reach, reach + 1, device=uv.device)
+    offsets = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1).flatten(0, 1)  # (O, 2)
+    # Far out points are clamped before the cast to integers, outside the picture all the same.
+    pixel = uv.clamp(-1e4, 1e4).floor().long()[:, :, None] + offsets             # (F, K, O, 2)
+    distance = (pixel + 0.5 - uv[:, :, None]).norm(dim=-1)
+    inside = ((pixel >= 0) & (pixel < pixel.new_tensor([width, height]))).all(-1)
+    own = (offsets == 0).all(-1)                  # a point always draws the pixel it falls into
+    inside &= ((distance <= radius) | own) & valid[..., None]
+    key = ((depth[..., None] + 0.002 * distance).clamp(0, 1e4) * 1e4).long() << 24
+    key = key | torch.arange(uv.shape[1], device=uv.device)[None, :, None]
+    index = torch.where(inside, pixel[..., 1] * width + pixel[..., 0], height * width)
+    nothing = torch.iinfo(torch.int64).max
+    buffer = torch.full((len(uv), height * width + 1), nothing, device=uv.device)
+    buffer.scatter_reduce_(1, index.flatten(1), key.flatten(1), "amin")
+    buffer = buffer[:, :-1]
+    return torch.where(buffer == nothing, 0, buffer & 0xFFFFFF), buffer != nothing
+
+
+def erode(mask):
+    """A bool mask (...,H,W) less its outermost pixels (4-neighbours); the border counts as inside."""
+    padded = F.pad(mask.float().flatten(0, -3)[:, None], (1, 1, 1, 1), value=1.0)
+    up, down = padded[..., :-2, 1:-1], padded[..., 2:, 1:-1]
+    left, right = padded[..., 1:-1, :-2], padded[..., 1:-1, 2:]
+    return mask & (up * down * left * right > 0).reshape(mask.shape)
+
+
+def choose_anchors(foreground, num_tracks, previous=None):
+    """Frame-0 pixels to follow, (V,K,2), spread evenly over foreground (V,H,W) bool.
+
+    Pixels are taken in one fixed low-discrepancy order, so that few change when the mask changes a
+    little. Slots of `previous` (V,K,2) that still lie on the foreground stay what they are; only
+    the others are filled anew. With fewer pixels than slots, pixels repeat.
+    """
+    views, height, width = foreground.shape
+    centres = pixel_centres((height, width), foreground.device)
+    order = (52.9829189 * ((0.06711056 * centres[..., 0] + 0.00583715 * centres[..., 1]) % 1)) % 1
+    score = torch.where(foreground, order, 2.0).flatten(1)                          # (V, HW)
+    vacant = torch.ones(views, num_tracks, dtype=torch.bool, device=foreground.device)
+    if previous is not None:
+        limit = previous.new_tensor([width - 1, height - 1])
+        pixel = previous.floor().clamp(torch.zeros_like(limit), limit).long()
+        index = pixel[..., 1] * width + pixel[..., 0]
+        vacant = ~foreground.flatten(1).gather(1, index)
+        score = score.scatter_add(1, index, 4.0 * ~vacant)          # taken: last in the line
+    count = foreground.flatten(1).sum(1, keepdim=True).clamp_min(1)
+    rank = (vacant.long().cumsum(1) - 1).clamp_min(0) % count
+    fresh = centres.flatten(0, 1)[score.argsort(1).gather(1, rank)]
+    return fresh if previous is None else torch.where(vacant[..., None], fresh, previous)
+
+
+def pseudo_video_to_tracks(pseudo, scale, intrinsics, extrinsics, num_tracks, anchors=None,
+                           tolerance=4.0):
+    """Denorm & Unproj: where a colour stands is the point's pixel, its blue the point's depth.
+
+    pseudo (V,3,N,H,W) in [0,1], exact or decoded; scale (V,2) metres; anchors (V,K,2) pixels or
+    None to choose `num_tracks` of them on the foreground of frame 0. Returns tracks (V,N,K,3)
+    metres world, anchors (V,K,2), valid (V,N,K): the colour was found within `tolerance` pixels.
+    Robust against a decoder's errors: colours are matched softly over a small window, near the
+    pixel of the frame before, and half of the error that frame 0 shows is subtracted (there
+    every colour is its own pixel, so the error is known; half is what measured best).
+    """
+    views, _, frames, height, width = pseudo.shape
+    pseudo = pseudo.float()
+    foreground = pseudo[:, 2] > FOREGROUND_THRESHOLD                               # (V,N,H,W)
+    if anchors is None:
+        anchors = choose_anchors(foreground[:, 0], num_tracks)
+    colour = rearrange(pseudo[:, :2], "v c n h w -> v n h w c") * anchors.new_tensor([width, height])
+    depth = (pseudo[:, 2] - FOREGROUND_BLUE).clamp_min(0) / (1 - FOREGROUND_BLUE)
+    near, far = scale[:, 0, None, None, None], scale[:, 1, None, None, None]
+    depth = near + (far - near) * depth                                            # (V,N,H,W)
+    # The rim of the foreground is blended with the background: use it only for want of better.
+    cost = torch.where(erode(foreground), 0.0, 4.0).masked_fill(~foreground, 1e6)
+    row = anchors[..., 1].long().clamp(0, height - 1)
+    column = anchors[..., 0].long().clamp(0, width - 1)
+    view = torch.arange(views, device=pseudo.device)[:, None]
+    known = colour[:, 0][view, row, column] - anchors                              # (V,K,2)
+    wanted = anchors + 0.5 * known.clamp(-tolerance, tolerance)
+    found, uv = [], anchors
+    for n in range(frames):                      # in frame 0 the pixel is known: the prior is strong
+        found.append(match_colours(wanted, uv, colour[:, n], depth[:, n], cost[:, n],
+                                   prior=0.02 if n else 4.0))
+        uv = found[-1][0] if n else anchors
+    uv, depth, distance = (torch.stack(parts, 1) for parts in zip(*found))
+    uv[:, 0] = anchors
+    return unproject(uv, depth, intrinsics, extrinsics), anchors, distance < tolerance
+
+
+def match_colours(wanted, previous, colour, depth, cost, prior=0.02, window=3, sigma=2.0):
+    """One frame of the read-out, coarse to fine: the best pixel of every second one, then a soft
+    match over the (2 window + 1)^2 pixels around it.
+
+    wanted (V,K,2) and colour (V,H,W,2) in pixels, previous uv (V,K,2), depth (V,H,W) metres,
+    cost (V,H,W) in px^2 -> uv (V,K,2), depth (V,K), distance of the best colour (V,K) in pixels.
+    """
+    views, height, width = depth.shape
+    coarse = (slice(None), slice(1, None, 2), slice(1, None, 2))
+    grid = pixel_centres((height, width), depth.device)
+    mismatch = torch.cdist(wanted, colour[coarse].flatten(1, 2)).square()          # (V,K,HW/4)
+    mismatch += prior * torch.cdist(previous, grid[None][coarse].flatten(1, 2)).square()
+    index = (mismatch + cost[coarse].flatten(1)[:, None]).argmin(-1)
+    centre = grid[None][coarse].flatten(1, 2)[0, index].long()                     # (V,K,2)
+    steps = torch.arange(-window, window + 1, device=depth.device)
+    offsets = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1).flatten(0, 1)
+    pixel = centre[:, :, None] + offsets                                           # (V,K,49,2)
+    pixel = pixel.clamp(torch.zeros_like(pixel[0, 0, 0]), pixel.new_tensor([width - 1, height - 1]))
+    index = pixel[..., 1] * width + pixel[..., 0]
+    view = torch.arange(views, device=depth.device)[:, None, None]
+    gap = (colour.flatten(1, 2)[view, index] - wanted[:, :, None]).square().sum(-1)
+    mismatch = gap + cost.flatten(1)[view, index]
+    mismatch = mismatch + prior * (pixel + 0.5 - previous[:, :, None]).square().sum(-1)
+    weight = torch.softmax(-mismatch / (2 * sigma ** 2), -1)                       # (V,K,49)
+    uv = (weight[..., None] * (pixel + 0.5)).sum(-2)
+    # Without any foreground the smallest mismatch is the background's cost: infinitely far.
+    return uv, (weight * depth.flatten(1)[view, index]).sum(-1), mismatch.amin(-1).sqrt()
+
+
+def film_strip(video, frames=5):
+    """video (3,N,H,W) in [-1,1] -> evenly spaced frames side by side, (H, frames*W, 3) uint8."""
+    picked = torch.linspace(0, video.shape[1] - 1, frames).round().long()
+    strip = rearrange(video[:, picked].clamp(-1, 1), "c n h w -> h (n w) c")
+    return ((strip + 1) * 127.5).round().to(torch.uint8)
+
+
+# ------------------------------------------------------------- the synthetic world: its words
+
+ACTIONS = {  # action: (tools, targets); every combination is a triplet
+    "stir": ("spoon ladle spatula", "bowl pan cup kettle"),
+    "scrape off": ("spatula knife spoon", "plate pan box"),
+    "cut": ("knife spatula", "plate box pan"),
+    "brush": ("brush roller", "plate box pan bowl"),
+    "hit": ("hammer spoon brush ladle", "box plate kettle pan"),
+    "pour in some": ("spoon ladle", "bowl cup pan plate kettle"),
+    "smear": ("brush knife roller", "plate box pan"),
+    "skim off": ("ladle spoon spatula", "bowl pan"),
+    "dust": ("brush roller", "box kettle plate"),
+    "screw": ("screwdriver", "box kettle pan cup"),
+    "empty": ("spoon ladle spatula", "cup bowl"),
+}
+UNSEEN = {  # (action, tool, target) kept out of training
+    ("stir", "spatula", "bowl"), ("scrape off", "spoon", "plate"), ("cut", "knife", "box"),
+    ("brush", "brush", "pan"), ("hit", "hammer", "plate"), ("pour in some", "ladle", "cup"),
+    ("smear", "roller", "box"), ("skim off", "spoon", "pan"), ("dust", "brush", "box"),
+    ("screw", "screwdriver", "kettle"), ("empty", "spoon", "bowl"), ("hit", "spoon", "kettle")}
+TRIPLETS = [(action, tool, target) for action, (tools, targets) in ACTIONS.items()
+            for tool in tools.split() for target in targets.split()]
+
+
+def ease(s):
+    """A smooth step from 0 to 1."""
+    return s.clamp(0, 1) ** 2 * (3 - 2 * s.clamp(0, 1))
+
+
+def motion(action, s, r, drop):
+    """The rigid motion an action word means. All curves start at zero: frame 0 tells nothing.
+
+    s (N,) phase in [0,1]; r (m) radius of the work; drop (m) from the start pose to contact.
+    Returns the tool's shift (N,3) forward, left, up (m), its turn (N,3) about handle, left, up
+    (rad), and of the target (N,3) the lift (m), tilt to the tool and turn about up (rad).
+    """
+    o, w, down, go = 0 * s, 2 * math.pi * s, -drop * ease(3 * s), ease(4 * s)
+    late = ease(2.2 * s - .8)
+    curves = {
+        "stir": ((r * go * (1.3 * w).cos(), r * go * (1.3 * w).sin(), down),
+                 (.25 * go * (1.3 * w).sin(), .2 * go * (1.3 * w).cos(), o), (o, .1 * go, o)),
+        "scrape off": ((.85 * r * ((1.5 * w).cos() - 1) + .8 * r * go, o,
+                        down + .03 * (1.5 * w).sin().clamp(max=0) ** 2),
+                       (o, -.45 * go, o), (.01 * go, .35 * ease(2 * s), o)),
+        "cut": ((.055 * (1.75 * w).sin() - .02 * s, .02 * s, .5 * down - .5 * drop * s),
+                (o, .35 * (1.75 * w).sin(), o), (o, o, o)),
+        "brush": ((r * (1.2 * s - .2) * go, 1.5 * r * (2 * w).sin() * go, down),
+                  (.45 * (2 * w).sin(), o, .4 * (2 * w).sin()), (o, o, -.7 * ease(s))),
+        "hit": ((-.02 * w.sin() ** 2, o, .03 * w.sin() ** 2 - drop * (w / 2).sin() ** 2),
+                (o, .15 * go - .75 * w.sin() ** 2, o), (o, o, -.15 * w.sin() ** 2)),
+        "pour in some": ((.02 * go, -.03 * go, .05 * ease(2 * s) - .03 * ease(2 * s - 1)),
+                         (-1.7 * ease(1.6 * s - .3), o, o),
+                         (.015 * ease(2 * s), .35 * ease(2 * s), o)),
+        "smear": ((r * go - 2 * r * ease(s), 1.1 * r * go * (1.5 * w).sin(), down),
+                  (o, -.25 * go, .5 * go * (1.5 * w).cos()), (o, o, .6 * ease(s))),
+        "skim off": ((.5 * r * w.sin(), 2.6 * r * ease(1.5 * s - .4) - r * go,
+                      down * (1 - ease(3 * s - 1.6)) + .03 * ease(3 * s - 1.8)),
+                     (.9 * ease(2 * s - .7), o, o), (o, o, .3 * ease(s))),
+        "dust": ((.4 * r * w.sin(), 1.6 * r * (.75 * w).sin(),
+                  .8 * down + .05 * (2 * w).sin() ** 2),
+                 (.3 * (.75 * w).sin(), .5 * (2 * w).sin() ** 2, o), (o, o, .9 * ease(s))),
+        "screw": ((-.02 * go, o, .8 * down - .2 * drop * s),
+                  (-.3 * go, .6 * go, -1.5 * go * (.75 * w).sin()),
+                  (o, o, .2 * (.75 * w).sin())),
+        "empty": ((-.07 * late, -.06 * late,
+                   .7 * down * (1 - ease(3 * s - 1)) + .05 * ease(2 * s - .7)),
+                  (-.5 * go, .3 * go, o),
+                  (.05 * ease(2 * s - .4), 1.1 * ease(1.7 * s - .6), o)),
+    }
+    return [torch.stack(three, -1) for three in curves[action]]
+
+
+# ------------------------------------------------- its shapes: clipped quadrics of revolution
+# A quadric is (a, b, c, low, high): x^2 + y^2 = a + b z + c z^2 for low <= z <= high, in metres.
+
+def cone(r0, r1, z0, z1):
+    """Radius linear in z."""
+    k = (r1 - r0) / (z1 - z0)
+    return (r0 - k * z0) ** 2, 2 * k * (r0 - k * z0), k * k, z0, z1
+
+
+def bowl(r0, r1, z0, z1):
+    """Radius squared linear in z: a paraboloid."""
+    b = (r1 * r1 - r0 * r0) / (z1 - z0)
+    return r0 * r0 - b * z0, b, 0, z0, z1
+
+
+def ball(r, top=1.0):
+    """A sphere, cut off at `top` of its radius."""
+    return r * r, 0, -1, -r, r * top
+
+
+def disc(z, r, inner=0.0):
+    """A plate, or with `inner` a ring: a paraboloid so blunt that it is flat."""
+    return -50 * z, 50, 0, z + (inner * inner / 50 if inner else -1e-4), z + r * r / 50
+
+
+def handle(r, end=0.065):
+    """The part of a tool that the hand holds; origin in the grip, z to the head."""
+    return [(cone(r * .9, r, -.06, end), 0), (ball(r), 0, (0, 0, end)),
+            (ball(r * .9), 0, (0, 0, -.06))]
+
+
+BOX = (1, 0, 0, -1, 1)                # a cube; its half sizes are the scale
+NOWHERE = (ball(.001), 0, (0, 0, 99))       # fills up a table of pieces
+ALONG_X, ALONG_Y, STRAIGHT = (0, math.pi / 2, 0), (-math.pi / 2, 0, 0), (0, 0, 0)
+# Pieces: (shape, paint, place, axis-angle turn, scale), the last three optional.
+TOOLS = {  # (radius of the handle, z of the working tip, pieces)
+    "spatula": (.011, .205, [*handle(.011), (cone(.005, .004, .06, .15), 1),
+                             (BOX, 1, (0, -.004, .175), (.2, 0, 0), (.034, .0022, .04))]),
+    "knife": (.011, .195, [*handle(.011), (BOX, 1, (0, -.006, .135), STRAIGHT, (.0016, .017, .068)),
+                           (BOX, 0, (0, -.002, .068), STRAIGHT, (.006, .018, .004))]),
+    "spoon": (.008, .165, [*handle(.008, .05), (cone(.007, .005, .05, .125), 0),
+                           (ball(1), 1, (0, 0, .15), (.25, 0, 0), (.024, .008, .033))]),
+    "ladle": (.009, .165, [*handle(.009), (cone(.006, .005, .06, .14), 1),
+                           (bowl(.002, .034, -.034, 0), 1, (0, .016, .155), (-1.1, 0, 0)),
+                           (disc(-.008, .031), 1, (0, .016, .155), (-1.1, 0, 0))]),
+    "brush": (.011, .175, [*handle(.011, .08),
+                           (BOX, 0, (0, 0, .12), STRAIGHT, (.03, .009, .04)),
+                           (BOX, 1, (0, -.02, .125), STRAIGHT, (.027, .016, .034))]),
+    "hammer": (.013, .155, [*handle(.013, .06), (cone(.011, .010, .06, .15), 0),
+                            (cone(.017, .017, -.045, .045), 1, (0, 0, .15), ALONG_Y),
+                            (disc(-.045, .017), 1, (0, 0, .15), ALONG_Y)]),
+    "roller": (.012, .17, [*handle(.012), (cone(.004, .004, .06, .16), 1),
+                           (cone(.023, .023, -.05, .05), 1, (0, 0, .165), ALONG_X),
+                           (disc(-.05, .023), 0, (0, 0, .165), ALONG_X)]),
+    "screwdriver": (.014, .175, [*handle(.014, .05), (cone(.005, .004, .05, .155), 1),
+                                 (BOX, 1, (0, 0, .165), STRAIGHT, (.005, .0016, .012))]),
+}
+SIDE, RIM = ((0, 0, 1), (-1, 0, 0)), ((.5, .85, 0), (-.2, -.1, 1))
+TARGETS = {
+    # (z of contact, z of the top, reach, left grip, pieces); the grip is (place, (axis, back of
+    # the hand), radius, closure) of a right hand and gets mirrored, hence the negative x
+    "bowl": (.044, .068, .030, ((0, .012, .046), SIDE, .068, 1.), [
+        (bowl(.036, .08, .004, .068), 0), (bowl(.030, .074, .008, .068), 1),
+        (disc(.0665, .08, .074), 0), (disc(.03, .0565), 2), (cone(.038, .034, 0, .006), 0)]),
+    "plate": (.010, .022, .05, ((-.085, .015, .012), RIM, .016, .55), [
+        (bowl(.05, .1, .001, .02), 0), (bowl(.048, .1, .004, .0205), 1), (disc(.006, .055), 2)]),
+    "pan": (.012, .045, .045, ((-.15, .045, .05), ((.94, -.28, -.1), (0, .1, 1)), .012, 1.), [
+        (cone(.075, .09, .0, .042), 0), (cone(.072, .087, .004, .042), 1), (disc(.008, .074), 2),
+        (disc(.0415, .09, .086), 0), (cone(.010, .012, .08, .21), 3, (0, 0, .04), (-.2, 1.62, 0)),
+        (ball(.012), 3, (.206, .041, .03))]),
+    "cup": (.055, .095, .02, ((0, .006, .05), SIDE, .043, 1.), [
+        (cone(.036, .043, 0, .095), 0), (cone(.033, .040, .004, .095), 1),
+        (disc(.0945, .043, .04), 0), (disc(.065, .0375), 2),
+        (cone(.006, .006, -.022, .022), 0, (-.066, -.02, .055)),
+        (cone(.006, .006, 0, .03), 0, (-.038, -.012, .077), (.38, -1.52, 0)),
+        (cone(.006, .006, 0, .03), 0, (-.038, -.012, .033), (.38, -1.52, 0)),
+        (ball(.006), 0, (-.066, -.02, .077)), (ball(.006), 0, (-.066, -.02, .033))]),
+    "box": (.075, .075, .045, ((-.045, .02, .055), RIM, .02, .25), [
+        (BOX, 0, (0, 0, .036), (0, 0, .12), (.08, .055, .036)),
+        (BOX, 1, (0, 0, .0365), (0, 0, .12), (.012, .0555, .0365)),
+        (BOX, 2, (-.04, -.03, .0725), (0, 0, .12), (.02, .012, .0004))]),
+    "kettle": (.082, .10, .022, ((-.098, .035, .06), SIDE, .010, 1.), [
+        (ball(1, .88), 0, (0, 0, .05), STRAIGHT, (.075, .075, .05)),
+        (cone(.036, .039, .093, .101), 1), (disc(.078, .056), 2),
+        (cone(.016, .008, 0, .07), 0, (-.055, -.03, .05), (.45, -.85, 0)),
+        (cone(.009, .009, -.035, .035), 3, (.098, .035, .06)),
+        (ball(.009), 3, (.098, .035, .095)), (ball(.009), 3, (.098, .035, .025)),
+        (cone(.008, .008, 0, .05), 3, (.052, .019, .083), (-.35, 1.3, 0))]),
+}
+TABLE_TOP = [(BOX, 0, (0, 0, -.05), STRAIGHT, (4, 4, .05))]
+# Every scene's table of pieces has the same rows: right hand, left hand, quadrics of tool and
+# target, then the boxes of tool, target and table (the last row, and the only background).
+QUADRICS, BOXES = (6, 9, 0), (2, 3, 1)
+FIRST_BOX, TABLE_ROW = 105, 110
+
+
+def rotation(axis_angle):
+    """Axis-angle (...,3) in radians -> rotation matrices (...,3,3)."""
+    x, y, z = axis_angle.unbind(-1)
+    o = torch.zeros_like(x)
+    skew = torch.stack([o, -z, y, z, o, -x, -y, x, o], -1).unflatten(-1, (3, 3))
+    return torch.linalg.matrix_exp(skew)
+
+
+def frame(z, up):
+    """Right-handed axes (...,3,3), columns x y z: z as given, y as near to `up` as it can be."""
+    z = F.normalize(z, dim=-1)
+    x = F.normalize(torch.linalg.cross(up.expand_as(z), z), dim=-1)
+    return torch.stack([x, torch.linalg.cross(z, x), z], -1)
+
+
+def rigid(pieces, boxes, count, turn, origin, size, paints):
+    """`count` rows of pieces (boxes or quadrics) moved by turn (N,3,3), origin (N,3), size."""
+    pieces = [p for p in pieces if (p[0] == BOX) == boxes]
+    if not count:
+        return []
+    default = ((0, 0, 0), (0, 0, 0), (1, 1, 1))
+    rows = [(*p, *default[len(p) - 2:]) for p in pieces + [NOWHERE] * (count - len(pieces))]
+    shape, paint, at, tilt, scale = (torch.tensor(x, dtype=torch.float32) for x in zip(*rows))
+    places = origin[:, None] + size * torch.einsum("nij,pj->npi", turn, at)
+    return [(turn[:, None] @ rotation(tilt), places, scale * size, shape, paints[paint.long()])]
+
+
+# -------------------------------------------------------------------------------- its hands
+
+KNUCKLES = torch.tensor([[.093, .030, .000], [.097, .009, .003], [.091, -.012, .001],
+                         [.081, -.031, -.004]])        # index to little finger, from the wrist
+BONES = torch.tensor([[.043, .047, .043, .034], [.026, .030, .028, .021],
+                      [.021, .022, .022, .019]])       # lengths of the phalanges
+WIDTHS = torch.tensor([[.0105, .0107, .0102, .0092], [.0092, .0094, .0090, .0080],
+                       [.0083, .0085, .0080, .0072], [.0072, .0074, .0070, .0064]])
+PALM = torch.tensor([[.017, .0118]] * 4 + [[.0165, .0135], [.0125, .0105], [.0105, .0088]])
+RADII = torch.cat([torch.stack([WIDTHS[:-1].flatten(), WIDTHS[1:].flatten()], -1), PALM])
+
+
+def finger_bends(centre, reach, slope, closure):
+    """Bends (3,4) of the finger joints that lay each phalanx as a tangent to the held rod."""
+    dx = centre[0] + slope * KNUCKLES[:, 1] - KNUCKLES[:, 0]
+    dz = KNUCKLES[:, 2] - centre[2]
+    away = (dx ** 2 + dz ** 2).sqrt().clamp(min=reach * 1.02)
+    first = torch.atan2(dz, dx) - torch.asin(reach / away)
+    rest = BONES[0] - (away ** 2 - reach ** 2).sqrt()             # of the bone beyond its contact
+    second = (2 * torch.atan(rest.clamp(min=.004) / reach)).clamp(max=1.8)
+    third = (2 * torch.atan((BONES[1] - rest).clamp(min=.003) / reach)).clamp(.35, 1.2)
+    return torch.stack([first, closure * second, closure * third])
+
+
+def thumb_joints(centre, reach, slope):
+    """Four joints (4,3): the tip lies on the rod from the wrist's side, a two-bone reach."""
+    root = torch.tensor([.022, .026, -.014])
+    line = centre + torch.tensor([.042 * slope - .9 * reach, .042, -.35 * reach]) - root
+    near, far = .044, .054
+    span, line = line.norm().clamp(max=near + far - .001), F.normalize(line, dim=0)
+    cosine = (near ** 2 + span ** 2 - far ** 2) / (2 * near * span)
+    pole = torch.tensor([-.5, 1., .1])
+    pole = F.normalize(pole - line * (pole @ line), dim=0)
+    knee = root + near * (cosine * line + (1 - cosine ** 2).clamp(min=0).sqrt() * pole)
+    tip = root + span * line
+    return torch.stack([root, knee, .44 * knee + .56 * tip + .006 * pole, tip])
+
+
+def hand(radius, closure, flex, oblique):
+    """Bones of a right hand that holds a rod of `radius` (m); flex (N,) bends all fingers (rad).
+
+    Grip frame: origin on the rod, z along it to the thumb's side, y out of the back of the hand.
+    Returns starts, ends and twist references (N,19,3) of the bones, and the wrist (1,3).
+    """
+    reach, slope, frames = radius + .008, math.tan(oblique), len(flex)
+    centre = torch.tensor([.094 + .15 * radius, 0., -.0125 - radius])
+    bend = finger_bends(centre, reach, slope, closure)
+    bend = bend.cumsum(0) + flex[:, None, None] * torch.tensor([[.4], [1.2], [2.2]])    # (N,3,4)
+    steps = torch.stack([bend.cos(), 0 * bend, -bend.sin()], -1) * BONES[..., None]
+    chain = torch.cat([KNUCKLES.expand(frames, 1, 4, 3), steps], 1).cumsum(1)
+    roots = KNUCKLES * torch.tensor([0, .55, 0]) + torch.tensor([.02, 0, 0])
+    thumb = thumb_joints(centre, reach, slope).expand(frames, 4, 3)
+    spread = lambda x: x.expand(frames, 4, 3)
+    starts = torch.cat([chain[:, :-1].flatten(1, 2), spread(roots), thumb[:, :-1]], 1)
+    ends = torch.cat([chain[:, 1:].flatten(1, 2), spread(KNUCKLES), thumb[:, 1:]], 1)
+    twist = torch.tensor([[0., 1., 0.]] * 16 + [[0., 0., 1.]] * 3).expand_as(starts)
+    c, s = math.cos(oblique), math.sin(oblique)
+    to_grip = torch.tensor([[-c, 0, s], [s, 0, c], [0, 1, 0]])
+    wrist = -centre[None]
+    return [x @ to_grip for x in (starts - centre, ends - centre, twist, wrist)]
+
+
+def limb(bones, turn, origin, elbow, size, skin, sleeve):
+    """Rows of pieces of a hand, its forearm and its sleeve, moved by turn (N,3,3), origin (N,3).
+
+    Every bone is a rounded cone: the frustum that touches two balls, and the ball at its end.
+    """
+    starts, ends, twist, wrist = (x.expand(len(turn), -1, 3) @ turn.mT for x in bones)
+    starts, ends, wrist = (origin[:, None] + size * x for x in (starts, ends, wrist))
+    arm = size * F.normalize(elbow - wrist, dim=-1)
+    starts = torch.cat([starts, wrist - .012 * arm, wrist + .08 * arm], 1)
+    ends = torch.cat([ends, wrist + .12 * arm, wrist + .34 * arm], 1)
+    twist = torch.cat([twist, torch.tensor([0., 0., 1.]).expand(len(turn), 2, 3)], 1)
+    r0, r1 = (torch.cat([RADII, torch.tensor([[.0245, .030], [.039, .05]])]) * size).unbind(-1)
+    length = (ends - starts)[0].norm(dim=-1)
+    sine = (r0 - r1) / length
+    cos2, o = 1 - sine ** 2, 0 * sine
+    side = [r0 ** 2 / cos2, -2 * r0 * sine / cos2, sine ** 2 / cos2, r0 * sine, length + r1 * sine]
+    first = torch.tensor([19, 12, 16])             # wrist, palm and thumb also begin with a ball
+    balls = [torch.stack([r * r, o, o - 1, -r, r], -1) for r in (r1, r0)]
+    poses = frame(ends - starts, twist)
+    paint = torch.cat([skin.expand(20, -1), sleeve])
+    return (torch.cat([poses, poses, poses[:, first]], 1),
+            torch.cat([starts, ends, starts[:, first]], 1), torch.ones(45, 3),
+            torch.cat([torch.stack(side, -1), balls[0], balls[1][first]]),
+            torch.cat([paint, paint, paint[first]]))
+
+
+# ------------------------------------------------------------------------- laying out a scene
+
+def mixed(a, b, share):
+    """Colour between a and b."""
+    return [x + share * (y - x) for x, y in zip(a, b)]
+
+
+def hue(draw, low, high, grey=0.0):
+    """A random colour of a value in [low, high], pulled towards grey."""
+    angle, value = draw(0, 2 * math.pi), draw(low, high)
+    tint = [.625 + .375 * math.cos(angle - shift) for shift in (0, 2.1, 4.2)]
+    return [value * (grey + (1 - grey) * t) for t in tint]
+
+
+def paint(dark, light, stripes=(0, 0, 0), rings=0.0, warp=1.0, speckle=.3, gloss=.2):
+    """A row of paint: two colours, stripes and rings (rad/m), their warp, speckle, gloss."""
+    return [*dark, *light, *stripes, rings, warp, speckle, gloss]
+
+
+def object_paints(draw):
+    """Paints of tool (2,13) and target (4,13)."""
+    metal = mixed((.45, .46, .5), (.72, .72, .7), draw(0, 1))
+    wood = mixed((.45, .27, .13), (.72, .52, .30), draw(0, 1))
+    grip = wood if draw(0, 1) < .5 else hue(draw, .15, .6)
+    tool = [paint(grip, mixed(grip, (0, 0, 0), .55), (0, 0, draw(180, 300)), warp=.5, gloss=.3),
+            paint(metal, mixed(metal, hue(draw, .15, .9), .5),
+                  (draw(100, 250), 0, draw(100, 250)), gloss=.9)]
+    body, band = hue(draw, .35, .95, .25), hue(draw, .2, .9)
+    food = mixed((.85, .55, .12), (.75, .2, .1), draw(0, 1))
+    food = food if draw(0, 1) < .7 else hue(draw, .4, .8)
+    target = [paint(body, band, (0, 0, draw(120, 330)), warp=draw(0, 1.5), gloss=.7),
+              paint(mixed(body, (1, 1, 1), .5), band, rings=draw(150, 350), warp=draw(0, 1),
+                    gloss=.6),
+              paint(food, mixed(food, (.95, .9, .7), .6), (draw(100, 260), draw(100, 260), 0),
+                    warp=2.5, speckle=.8, gloss=.4),
+              paint((.08, .08, .09), (.2, .17, .15), (150, 0, 150))]
+    return torch.tensor(tool), torch.tensor(target)
+
+
+def person_and_table_paints(draw):
+    """Paints (1,13) of skin, sleeves and a table of wood, striped cloth or stone."""
+    tone = mixed((.90, .64, .50), (.42, .25, .17), draw(0, 1) ** 1.5)
+    skin = paint(tone, mixed(tone, (.75, .28, .22), .3), (90, 70, 110), warp=2.5, speckle=.5,
+                 gloss=.12)
+    cloth = hue(draw, .2, .85, .2)
+    sleeve = paint(cloth, mixed(cloth, (1, 1, 1), .35), (0, 0, draw(120, 260)), gloss=0.)
+    kinds = [(mixed((.50, .32, .18), (.78, .60, .40), draw(0, 1)), draw(110, 190), 1.1, .25),
+             (hue(draw, .4, .85, .4), draw(160, 260), .2, .15),
+             (hue(draw, .3, .75, .85), 60, 2.5, .4)]
+    colour, waves, warp, speckle = kinds[int(4 * draw(0, 1)) % 3]
+    angle = draw(-.6, .6)
+    table = paint(colour, mixed(colour, (.1, .07, .05), draw(.2, .45)),
+                  (waves * math.sin(angle), waves * math.cos(angle), 0), 0., warp, speckle, .1)
+    return [torch.tensor([row]) for row in (skin, sleeve, table)]
+
+
+def look(eye, aim, focal, size):
+    """Intrinsics (3,3) and extrinsics (4,4) of a camera at `eye` (3,) that looks at `aim` (3,)."""
+    turn = frame(aim - eye, torch.tensor([0., 0., -1.])).T
+    extrinsics = torch.eye(4)
+    extrinsics[:3, :3], extrinsics[:3, 3] = turn, -turn @ eye
+    return torch.tensor([[focal, 0, size[1] / 2], [0, focal, size[0] / 2], [0, 0, 1]]), extrinsics
+
+
+def rig(draw, views, size):
+    """Static cameras opposite the person: left, centre, right, left, ... with jitter."""
+    cameras = []
+    for view in range(views):
+        side = math.radians((-40, 0, 40)[view % 3] + draw(-9, 9))
+        lift, distance, height = math.radians(draw(32, 48)), draw(.55, .75), draw(.25, .29)
+        aim = torch.tensor([draw(-.06, -.03), draw(.01, .04), draw(.065, .085)])
+        back = torch.tensor([math.sin(side) * math.cos(lift), -math.cos(side) * math.cos(lift),
+                             math.sin(lift)])
+        cameras.append(look(aim + distance * back, aim, size[0] * distance / height, size))
+    return [torch.stack(x) for x in zip(*cameras)]
+
+
+def tool_poses(shift, turn, start, tip, heading, dive, pivot):
+    """Turns (N,3,3) and grip places (N,3) of a tool whose tip starts at `start`; see motion()."""
+    up = torch.tensor([0., 0., 1.])
+    forward = torch.tensor([math.cos(heading), -math.sin(heading), 0.])
+    left, axis = torch.linalg.cross(up, forward), math.cos(dive) * forward - math.sin(dive) * up
+    spin = (rotation(turn[:, 2:] * up) @ rotation(turn[:, 1:2] * left)
+            @ rotation(turn[:, :1] * axis))
+    arm = pivot * tip * axis
+    places = start - tip * axis + shift @ torch.stack([forward, left, up]) + arm - spin @ arm
+    return spin @ frame(axis, up), places
+
+
+def lay_out(action, tool, target, draw, frames, views, size):
+    """One scene: poses (N,P,3,3), places (N,P,3), scale, shape, paints (P,.), lamp, cameras."""
+    radius, tip, tool_pieces = TOOLS[tool]
+    contact, top, reach, (grip, (axis, back), rod, closure), target_pieces = TARGETS[target]
+    paints, (skin, sleeve, table) = object_paints(draw), person_and_table_paints(draw)
+    tool_size, target_size, hand_size = draw(.95, 1.1), draw(.92, 1.08), draw(.95, 1.08)
+    base, gap = torch.tensor([draw(-.01, .03), draw(-.03, .01), 0.]), draw(.03, .04)
+    up, s = torch.tensor([0., 0., 1.]), torch.linspace(0, 1, frames)
+    shift, turn, move = motion(action, s, reach * target_size, gap + (top - contact) * target_size)
+    tool_pose = tool_poses(shift, turn, base + (top * target_size + gap) * up, tip * tool_size,
+                           draw(.1, .5), draw(.6, .85), pivot=action not in ("hit", "dust"))
+    target_turn = (rotation((move[:, 2:] + draw(-.25, .25)) * up)
+                   @ rotation(move[:, 1:2] * torch.tensor([0., -1., 0.])))
+    target_pose = target_turn, base + up * (move[:, :1] + .07 * move[:, 1:2].sin())
+    mirror, flex = torch.tensor([-1., 1., 1.]), .12 * (2 * math.pi * s).sin()
+    grip_axes = frame(*torch.tensor([axis, back], dtype=torch.float32))
+    left_pose = (target_turn @ (mirror[:, None] * grip_axes),
+                 target_pose[1] + target_turn @ (mirror * torch.tensor(grip) * target_size))
+    parts = [limb(hand(radius * tool_size / hand_size, 1., flex, .42), *tool_pose,
+                  torch.tensor([-.30, .42, .17]), hand_size, skin, sleeve),
+             limb(hand(rod * target_size / hand_size, closure, -.4 * flex, 0.), *left_pose,
+                  torch.tensor([.30, .40, .16]), hand_size, skin, sleeve)]
+    still = torch.eye(3).expand(frames, 3, 3), torch.zeros(frames, 3)
+    for boxes, counts in ((False, QUADRICS), (True, BOXES)):
+        parts += rigid(tool_pieces, boxes, counts[0], *tool_pose, tool_size, paints[0])
+        parts += rigid(target_pieces, boxes, counts[1], *target_pose, target_size, paints[1])
+        parts += rigid(TABLE_TOP, boxes, counts[2], *still, 1., table)
+    poses, places, scale, shape, colours = (torch.cat(x, -3 if x[0].dim() == 4 else -2)
+                                            for x in zip(*parts))
+    warmth = torch.tensor([1., 0., -1.]) * draw(-.06, .06)
+    scene = dict(poses=poses, places=places, scale=scale, shape=shape, paints=colours,
+                 sun=draw(.75, 1.) * (1 + warmth), sky=draw(.35, .5) * (1 - .5 * warmth))
+    lamp = torch.tensor([draw(-.7, .5), draw(-.7, .1), 1.1])
+    lens, pose = look(lamp, torch.zeros(3), SHADOW_SIDE / .72 * lamp.norm().item(),
+                      (SHADOW_SIDE, SHADOW_SIDE))
+    scene |= dict(lamp=lamp, lamp_intrinsics=lens[None], lamp_extrinsics=pose[None])
+    return scene | dict(zip(("intrinsics", "extrinsics"), rig(draw, views, size)))
+
+
+# --------------------------------------------------------------------------------- its rays
+
+def meet_quadric(origin, direction, shape):
+    """First depth at which a ray meets x^2 + y^2 = a + b z + c z^2 inside its clips, or inf."""
+    (ox, oy, oz), (dx, dy, dz), (a, b, c, low, high) = origin, direction, shape
+    square = dx * dx + dy * dy - c * dz * dz
+    half = ox * dx + oy * dy - (c * oz + .5 * b) * dz
+    root = half * half - square * (ox * ox + oy * oy - a - (b + c * oz) * oz)
+    wide = root.clamp(min=0).sqrt()
+    one, two = (-half - wide) / square, (wide - half) / square
+    found = torch.full_like(root, math.inf)
+    for t in (torch.maximum(one, two), torch.minimum(one, two)):
+        z = oz + t * dz
+        found = torch.where((root > 0) & (z >= low) & (z <= high) & (t > .05), t, found)
+    return found
+
+
+def meet_box(origin, direction, shape):
+    """First depth at which a ray meets the cube [-1,1]^3, or inf."""
+    one, two = ([(side - o) / d for o, d in zip(origin, direction)] for side in (-1, 1))
+    enter, leave = map(torch.minimum, one, two), map(torch.maximum, one, two)
+    enter, leave = functools.reduce(torch.maximum, enter), functools.reduce(torch.minimum, leave)
+    return torch.where((enter < leave) & (enter > .05), enter, math.inf)
+
+
+def rectangles(scene, intrinsics, extrinsics):
+    """Picture rectangles (4,P,I,1), u0 v0 u1 v1, around the pieces; I = B V N pictures."""
+    a, b, c, low, high = (x[..., None] for x in scene["shape"].unbind(-1))
+    z = low + (high - low) * torch.linspace(0, 1, 5)
+    wide = 1.03 * (a + b * z + c * z * z).amax(-1, keepdim=True).clamp(min=0).sqrt()
+    x, y, z = torch.tensor([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (0, 1)]).T
+    corner = torch.stack([x * wide, y * wide, low + (high - low) * z], -1)
+    corner = corner * scene["scale"][:, :, None]
+    points = torch.einsum("bnpij,bpcj->bnpci", scene["poses"], corner)
+    points = points + scene["places"][..., None, :]
+    points = torch.einsum("bvij,bnpcj->bvnpci", extrinsics[..., :3, :3], points)
+    points = points + extrinsics[:, :, None, None, None, :3, 3]
+    points = torch.einsum("bvij,bvnpcj->bvnpci", intrinsics, points)
+    uv = points[..., :2] / points[..., 2:].clamp(min=.05)
+    uv = rearrange(uv, "b v n p c xy -> xy p (b v n) c")
+    return torch.cat([uv.amin(-1) - 1, uv.amax(-1) + 1])[..., None]
+
+
+def rays_of(intrinsics, extrinsics):
+    """Centres (...,3), matrices (...,3,3): world point = centre + depth * matrix @ (u, v, 1)."""
+    return camera_centres(extrinsics), extrinsics[..., :3, :3].mT @ torch.linalg.inv(intrinsics)
+
+
+def cast(scene, intrinsics, extrinsics, u, v):
+    """First hits of pixel rays; u, v (I or 1, R, S): I = B V N pictures, R rays of S samples.
+
+    Returns depth (I,R,S) in metres and the row (I,R,S) of the piece that is hit. A ray in a
+    piece's own coordinates is linear in (u, v, 1), and its parameter *is* the depth. The CPU
+    tests only the rays inside a piece's rectangle; the GPU tests all and waits for nothing.
+    """
+    inverse = scene["poses"].mT / scene["scale"][:, None, :, :, None]           # world -> piece
+    eye, across = rays_of(intrinsics, extrinsics)
+    origin = eye[:, :, None, None] - scene["places"][:, None]
+    origin = torch.einsum("bnpij,bvnpj->pibvn", inverse, origin).flatten(2)         # (P,3,I)
+    across = torch.einsum("bnpij,bvjk->pikbvn", inverse, across).flatten(3)         # (P,3,3,I)
+    pictures = origin.shape[-1]
+    shape = repeat(scene["shape"], "b p k -> p k (b r)", r=pictures // len(eye))
+    u, v = (x.expand(pictures, -1, -1) for x in (u, v))
+    depth = torch.full(u.shape, math.inf, device=u.device)
+    piece = torch.full(u.shape, TABLE_ROW, device=u.device)
+    cull = u.device.type == "cpu"
+    around = rectangles(scene, intrinsics, extrinsics) if cull else None
+    for row in range(TABLE_ROW + 1):
+        pick, image = ..., torch.arange(pictures, device=u.device)[:, None]
+        if cull and row < TABLE_ROW:
+            u0, v0, u1, v1 = around[:, row]
+            inside = (u[..., 0] > u0) & (u[..., 0] < u1) & (v[..., 0] > v0) & (v[..., 0] < v1)
+            pick = inside.nonzero(as_tuple=True)
+            image = pick[0]
+        o, m, form = (x[row][..., image][..., None] for x in (origin, across, shape))
+        us, vs, before = u[pick], v[pick], depth[pick]
+        direction = [m[i, 0] * us + m[i, 1] * vs + m[i, 2] for i in range(3)]
+        found = (meet_box if row >= FIRST_BOX else meet_quadric)(o, direction, form)
+        piece[pick] = torch.where(found < before, row, piece[pick])
+        depth[pick] = torch.minimum(found, before)        # last: on the GPU `before` is a view
+    return depth, piece
+
+
+def turned(matrix, vector):
+    """matrix (R,3,3) @ vector (R,3)."""
+    return torch.bmm(matrix, vector[..., None])[..., 0]
+
+
+class Hits:
+    """Chosen ray hits of all pictures, one a row: where they are and what they lie on.
+
+    pick (R,): flat indices into depth and piece (I,R,S); u, v (1,R,S) pixels.
+    """
+
+    def __init__(self, scene, pick, u, v, depth, piece):
+        views, frames = scene["intrinsics"].shape[1], scene["poses"].shape[1]
+        self.scene, picture, sample = scene, pick // u.numel(), pick % u.numel()
+        self.camera, self.frame = picture // frames, picture % frames
+        self.batch = self.camera // views
+        self.piece, self.depth = piece.flatten()[pick], depth.flatten()[pick]
+        eye, across = (x.flatten(0, 1)[self.camera]
+                       for x in rays_of(scene["intrinsics"], scene["extrinsics"]))
+        u, v = u.flatten()[sample], v.flatten()[sample]
+        self.eye, ray = eye, turned(across, torch.stack([u, v, torch.ones_like(u)], -1))
+        self.world = eye + self.depth[:, None] * ray
+        self.turn = scene["poses"][self.batch, self.frame, self.piece]
+        place = scene["places"][self.batch, self.frame, self.piece]
+        self.local = turned(self.turn.mT, self.world - place)          # metres, on the piece
+
+    def at(self, frame):
+        """World places (R,3) of the same surface points in another frame."""
+        turn = self.scene["poses"][self.batch, frame, self.piece]
+        return turned(turn, self.local) + self.scene["places"][self.batch, frame, self.piece]
+
+
+# ----------------------------------------------------------------------- its light and pictures
+
+SHADOW_SIDE, SHARP = 96, 130.0      # pixels of the shadow maps, their exponent (1/m)
+
+
+def shadow_maps(scene):
+    """The lamp is one more camera: exp(SHARP * depth), blurred little and much (B N,2,side,side).
+
+    The ratio to a point's own exponential is a soft shadow; the wide blur dims the sky's light.
+    """
+    side, cameras = SHADOW_SIDE, (scene["lamp_intrinsics"], scene["lamp_extrinsics"])
+    u, v = pixel_centres((side, side), scene["lamp"].device).view(1, -1, 1, 2).unbind(-1)
+    depth, _ = cast(scene, *cameras, u, v)
+    frames = scene["poses"].shape[1]
+    middle = scene["lamp"].norm(dim=-1).repeat_interleave(frames)[:, None, None]
+    light = (SHARP * (depth - middle)).clamp(-60, 60).exp()
+    light = rearrange(light, "i (h w) 1 -> i 1 h w", h=side)
+    blur = lambda x, width: F.avg_pool2d(x, width, 1, width // 2, count_include_pad=False)
+    return torch.cat([blur(blur(light, 3), 3), blur(blur(light, 11), 11)], 1)
+
+
+def lamp_and_sky(hits, maps):
+    """How much of the lamp (R,1) and of the sky (R,1) the hits see, 0..1."""
+    scene, batch = hits.scene, hits.batch
+    lens, pose = scene["lamp_intrinsics"][:, 0], scene["lamp_extrinsics"][:, 0]
+    camera = turned(pose[batch, :3, :3], hits.world) + pose[batch, :3, 3]
+    pixel = camera[:, :2] / camera[:, 2:] * lens[batch, :1, 0] + SHADOW_SIDE / 2
+    x, y = pixel.clamp(.51, SHADOW_SIDE - .51).unbind(-1)
+    y = y + SHADOW_SIDE * (batch * scene["poses"].shape[1] + hits.frame)
+    strip = rearrange(maps, "i c h w -> 1 c (i h) w")           # all maps, one below the other
+    grid = torch.stack([2 * x / SHADOW_SIDE - 1, 2 * y / strip.shape[2] - 1], -1)
+    light = F.grid_sample(strip, grid[None, None], align_corners=False)[0, :, 0]
+    gap = camera[:, 2] - .004 - scene["lamp"].norm(dim=-1)[batch]
+    return (light * (-SHARP * gap).clamp(-60, 60).exp()).clamp(0, 1)[..., None]
+
+
+def texture(place, paint):
+    """Colour (R,3) of material coordinates (R,3) in metres under rows (R,13) of paint."""
+    x, y, z = place.unbind(-1)
+    blotch = ((170 * x + 2 * (110 * y + 90 * z).sin()).sin()
+              * (150 * y + 130 * z + 2 * (120 * x).sin()).sin())
+    bend = (60 * x + 35 * y + 50 * z + 1.5 * (45 * y - 30 * x).sin()).sin()
+    phase = (paint[:, 6:9] * place).sum(-1) + paint[:, 9] * (x * x + y * y).sqrt()
+    wave = .5 + .5 * (phase + paint[:, 10] * bend).sin()
+    mix = (wave + paint[:, 11] * blotch).clamp(0, 1)[:, None]
+    return torch.lerp(paint[:, :3], paint[:, 3:6], mix)
+
+
+def unit(vector):
+    """Vectors (R,3) at length 1."""
+    return vector * (vector * vector).sum(-1, keepdim=True).clamp(min=1e-12).rsqrt()
+
+
+def normals(hits):
+    """Unit normals (R,3), towards the camera."""
+    index = hits.batch, hits.piece
+    scale, shape = hits.scene["scale"][index], hits.scene["shape"][index]
+    local = hits.local / scale
+    along = -.5 * shape[:, 1:2] - shape[:, 2:3] * local[:, 2:]
+    slope = torch.cat([local[:, :2], along], -1)
+    face = local * (local.abs() >= local.abs().amax(-1, keepdim=True))
+    slope = torch.where((hits.piece >= FIRST_BOX)[:, None], face, slope)
+    normal = unit(turned(hits.turn, slope / scale))
+    away = (normal * (hits.eye - hits.world)).sum(-1, keepdim=True) < 0
+    return torch.where(away, -normal, normal)
+
+
+def shade(hits, maps):
+    """Colour (R,3): a lamp with soft shadow (wrapped Lambert, Blinn highlight) and the sky."""
+    scene, batch = hits.scene, hits.batch
+    paint, normal = scene["paints"][batch, hits.piece], normals(hits)
+    lamp, sky = lamp_and_sky(hits, maps)
+    to_lamp = unit(scene["lamp"][batch] - hits.world)
+    half = unit(to_lamp + unit(hits.eye - hits.world))
+    facing = ((normal * to_lamp).sum(-1, keepdim=True) + .1).clamp(min=0) / 1.1
+    shine = .7 * paint[:, 12:] * (normal * half).sum(-1, keepdim=True).clamp(min=0) ** 40
+    ambient = scene["sky"][batch] * (.6 + .4 * normal[:, 2:]) * (.4 + .6 * sky)
+    light = scene["sun"][batch] * facing * lamp + ambient
+    return (texture(hits.local, paint) * light + shine * lamp).clamp(0, 1.1)
+
+
+def chosen(mask):
+    """Flat indices of True on the CPU; on the GPU all of them, which needs no waiting."""
+    if mask.device.type == "cpu":
+        return mask.flatten().nonzero()[:, 0]
+    return torch.arange(mask.numel(), device=mask.device)
+
+
+def colour_videos(scene, u, v, depth, piece, size):
+    """Videos (B,V,3,N,H,W) in [-1,1], 8 bits deep, from the hits depth, piece (I,R,S).
+
+    Supersampled at silhouettes only: inside a piece the centre stands for all its samples.
+    """
+    same = (piece == piece[..., :1]).all(-1, keepdim=True)
+    weight = torch.where(same, torch.eye(piece.shape[-1], device=u.device)[0], 1 / piece.shape[-1])
+    pick = chosen(weight > 0)
+    colours = shade(Hits(scene, pick, u, v, depth, piece), shadow_maps(scene))
+    canvas = torch.zeros(weight.numel(), 3, device=u.device)
+    canvas[pick] = colours * weight.flatten()[pick][:, None]
+    picture = (canvas.view(*weight.shape, 3).sum(2) / 1.05).clamp(0, 1) ** (1 / 1.5)
+    picture = (255 * picture).round() / 127.5 - 1
+    return rearrange(picture, "(b v n) (h w) c -> b v c n h w", h=size[0],
+                     b=len(scene["poses"]), n=scene["poses"].shape[1])
+
+
+def motion_videos(scene, u, v, depth, piece, size):
+    """Pseudo videos (B,V,3,N,H,W) in [-1,1], exact in every pixel, and scale (B,V,2) (Sec. 3.2)."""
+    batch, frames = scene["poses"].shape[:2]
+    front = piece < TABLE_ROW
+    near, far = (rearrange(depth.where(front, torch.tensor(end, device=u.device)),
+                           "(b v n) r 1 -> b v (n r)", b=batch, n=frames)
+                 for end in (math.inf, -math.inf))
+    scale = torch.stack([near.amin(-1), far.amax(-1)], -1)
+    pick = chosen(front)
+    hits = Hits(scene, pick, u, v, depth, piece)
+    cameras = (scene[key].flatten(0, 1)[hits.camera] for key in ("intrinsics", "extrinsics"))
+    anchors, _ = project(hits.at(torch.zeros_like(pick)), *cameras)
+    colours = anchor_colours(anchors, hits.depth, scale.flatten(0, 1)[hits.camera], size)
+    canvas = background_ramp(size, u.device).flatten(1).T.repeat(len(depth), 1)
+    canvas[pick] = torch.where(front.flatten()[pick][:, None], colours, canvas[pick])
+    canvas = ((2 * canvas - 1) * 32767).round() / 32767         # 16 bits, as the cache keeps them
+    return rearrange(canvas, "(b v n h w) c -> b v c n h w", b=batch, n=frames, h=size[0],
+                     w=size[1]), scale
+
+
+def z_order(size):
+    """Pixels (H W,) along a Z-order curve: neighbours in the list are neighbours in the picture."""
+    spread = lambda x: sum(((x >> bit) & 1) << (2 * bit) for bit in range(12))
+    row, column = (spread(torch.arange(side)) for side in size)
+    return (2 * row[:, None] + column).flatten().argsort()
+
+
+def surface_tracks(scene, u, v, depth, piece, size, count):
+    """Tracks (B,V,N,K,3) of spread foreground pixels of frame 0, and visible (B,V,N,K).
+
+    The points are equally spaced along a Z-order curve, repeated where there are fewer than K;
+    each is carried by its piece. Visible: in the picture, and first on the ray to that very point.
+    """
+    (views, frames), order = (scene["intrinsics"].shape[1], scene["poses"].shape[1]), z_order(size)
+    order = order.to(u.device)
+    seen = (piece[::frames, order, 0] < TABLE_ROW).cumsum(-1)                           # (B V,R)
+    rank = (torch.arange(count, device=u.device) + .5) / count * seen[:, -1:]
+    slot = order[torch.searchsorted(seen, rank.floor().long() + 1).clamp(max=len(order) - 1)]
+    picture = torch.arange(0, len(piece), frames, device=u.device)[:, None]
+    hits = Hits(scene, (picture * u.numel() + slot).flatten(), u, v, depth, piece)
+    points = torch.stack([hits.at(torch.full_like(hits.piece, n)) for n in range(frames)])
+    points = rearrange(points, "n (i k) c -> i n k c", k=count)
+    cameras = scene["intrinsics"], scene["extrinsics"]
+    uv, far = project(points, *(x.flatten(0, 1) for x in cameras))
+    nearest, _ = cast(scene, *cameras, *uv.flatten(0, 1)[:, :, None].unbind(-1))
+    visible = ((uv > 0) & (uv < uv.new_tensor([size[1], size[0]]))).all(-1)
+    visible &= nearest.view_as(far) > far - .003
+    return points.unflatten(0, (-1, views)), visible.unflatten(0, (-1, views))
+
+
+SAMPLES = torch.tensor([[0, 0], [.125, .375], [-.125, -.375], [.375, -.125], [-.375, .125]])
+
+
+@torch.no_grad()
+def render(scene, size, tracks):
+    """The tensors of a sample dict, with a leading batch axis, of a batch of scenes."""
+    cameras = {key: scene[key] for key in ("intrinsics", "extrinsics")}
+    uv = pixel_centres(size, scene["lamp"].device).view(1, -1, 1, 2) + SAMPLES.to(scene["lamp"])
+    depth, piece = cast(scene, *cameras.values(), *uv.unbind(-1))
+    video = colour_videos(scene, *uv.unbind(-1), depth, piece, size)
+    centres = *uv[:, :, :1].unbind(-1), depth[..., :1], piece[..., :1]
+    pseudo, scale = motion_videos(scene, *centres, size)
+    points, visible = surface_tracks(scene, *centres, size, tracks)
+    return dict(video=video, pseudo=pseudo, scale=scale, tracks=points, visible=visible, **cameras)
+
+
+class SyntheticHOI(torch.utils.data.Dataset):
+    """A procedural stand-in for TACO: a right hand works with a tool, a left hand holds the target.
+
+    split: `train`, `val` (the triplets of train in new layouts) or `unseen` (held-out triplets).
+    Scenes are rendered on demand and depend on (split, index, seed) only: about 2
+    scenes a second on one CPU core at 64x96, V = 3, N = 13 (0.5 s each). They are kept in the
+    folder `cache`, if one is named (2.3 MB each). cameras: (intrinsics (V,3,3), extrinsics
+    (V,4,4)) in place of each scene's own. World: metres, z up, origin on the table.
+
+    A sample: `video`, `pseudo` (V,3,N,H,W) in [-1,1], `scale` (V,2) m, `tracks` (V,N,K,3) m in
+    the world, `visible` (V,N,K), `intrinsics`, `extrinsics`, `prompt` "<tool, action, target>".
+    """
+    SPLITS = ("train", "val", "unseen")
+
+    def __init__(self, split, size=(64, 96), frames=13, views=3, tracks=256, seed=0, cache=None,
+                 device="cpu", length=None, cameras=None):
+        if split not in self.SPLITS:
+            raise ValueError(f"expected a split of {self.SPLITS}, got {split!r}; choose one")
+        if cameras is not None and len(cameras[0]) != views:
+            raise ValueError(f"expected cameras for {views} views, got {len(cameras[0])}; "
+                             f"set views={len(cameras[0])}")
+        self.split, self.size, self.frames, self.views = split, tuple(size), frames, views
+        self.tracks, self.seed, self.device, self.cameras = tracks, seed, device, cameras
+        self.length = length or (1_000_000 if split == "train" else 256)
+        self.cache = Path(cache) if cache and cameras is None else None
+        self.triplets = [t for t in TRIPLETS if (t in UNSEEN) == (split == "unseen")]
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        if not 0 <= index < self.length:
+            raise IndexError(f"expected an index in 0..{self.length - 1}, got {index}")
+        return self.scene(index)
+
+    @staticmethod
+    def actions(tool, target):
+        """All actions, seen or held out, that the world knows for this tool and target."""
+        return [triplet[0] for triplet in TRIPLETS if triplet[1:] == (tool, target)]
+
+    def scene(self, index, action=None):
+        """Sample `index`; with `action` the same layout and first frame under another action."""
+        if self.cache is None:
+            return {key: value[0] for key, value in self.batch([index], action).items()}
+        name = [self.split, self.seed, index, *self.size, self.frames, self.views, self.tracks]
+        path = self.cache / ("-".join(map(str, name)) + (f"-{action}" if action else "") + ".pt")
+        if not path.exists():
+            sample = {key: value[0] for key, value in self.batch([index], action, "cpu").items()}
+            sample["video"] = (127.5 * (sample["video"] + 1)).round().to(torch.uint8)
+            sample["pseudo"] = (32767 * sample["pseudo"]).round().to(torch.int16)
+            self.cache.mkdir(parents=True, exist_ok=True)
+            draft = path.with_suffix(f".{os.getpid()}")
+            torch.save(sample, draft)                 # renamed when whole: workers may share it
+            draft.rename(path)
+        sample = torch.load(path, weights_only=True)
+        return sample | dict(video=sample["video"] / 127.5 - 1, pseudo=sample["pseudo"] / 32767)
+
+    def describe(self, index, action=None):
+        """Scene `index` before its rays are cast: the tables of lay_out() and the prompt."""
+        code = (self.SPLITS.index(self.split) * 1_000_003 + self.seed) * 10_000_019 + index
+        stream = iter(torch.rand(256, generator=torch.Generator().manual_seed(code)).tolist())
+        draw = lambda low, high: low + (high - low) * next(stream)
+        choose = lambda options: options[int(draw(0, len(options) - 1e-3))]
+        known, triplet = self.triplets, ()
+        for place in range(3):             # the action first, so that actions are balanced
+            fits = [t for t in known if t[:place] == triplet]
+            triplet += (choose(sorted({t[place] for t in fits})),)
+        drawn, tool, target = triplet
+        if action is not None and action not in self.actions(tool, target):
+            raise ValueError(f"expected one of {self.actions(tool, target)} for {tool} and "
+                             f"{target}, got {action!r}; SyntheticHOI.actions lists them")
+        action = action or drawn
+        scene = lay_out(action, tool, target, draw, self.frames, self.views, self.size)
+        if self.cameras is not None:
+            scene["intrinsics"], scene["extrinsics"] = self.cameras
+        return scene, f"<{tool}, {action}, {target}>"
+
+    def batch(self, indices, action=None, device=None):
+        """Samples stacked along a new first axis, rendered in one go; `prompt` is a list."""
+        scenes, prompts = zip(*[self.describe(index, action) for index in indices])
+        tables = {key: torch.stack([scene[key] for scene in scenes]).to(device or self.device)
+                  for key in scenes[0]}
+        return render(tables, self.size, self.tracks) | {"prompt": list(prompts)}
+
+TACO = None

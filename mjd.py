@@ -1,0 +1,597 @@
+"""MJD, the multi-view joint diffusion transformer (Sec. 3.3, Eq. 3, Fig. 2), and its video VAE.
+
+    I (B,V,3,H,W)   V (B,V,3,N,H,W)   M_pv (B,V,3,N,H,W)       P: list of B prompts
+          |               |                  |                        |
+          +---- VideoVAE.encode: the same encoder for all three       TextEncoder
+          |               |                  |                        |
+         z_I            z_V,t             z_Mpv,t  (B,V,C,n,h,w)     f_text (B,L,D)
+          |   replaces    |                  |                        |
+          +-> frame 0 ->  patchify           patchify  + guidance     |
+                          |                  |                        |
+      [ scale 2 | register 6 | f_V n*h*w/4 | f_Mpv n*h*w/4 ]  (B,V,T,D) + Plucker rays
+                              |                                       |
+          blocks x depth:  modulation by token time ->                |
+                           inter-view attention   (B*2*n, V*h*w/4, D) |
+                           intra-view attention   (B*V,   T,       D) |
+                           text cross-attention  <--------------------+
+                           MLP
+                              |
+          scale s (B,V,2)   velocity of z_V   velocity of z_Mpv  (B,V,C,n,h,w)
+
+Glossary
+    B batch    V views    N frames    n latent frames = 1 + (N-1)/r_n    H W pixels    h w latent grid
+    C latent channels    D width    T tokens of a view    L text tokens    t flow time, 1 = noise
+Run `python mjd.py` to see the shapes, who attends to whom (out/mjd.png), and the paper's 9,100 tokens.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch.utils.checkpoint import checkpoint
+
+SCALE_TOKENS, REGISTER_TOKENS = 2, 6   # t_s and t_r of Sec. 3.3
+
+# Sizes of the networks. The sizes of pictures and the training recipe are in train.py.
+PRESETS = {
+    "tiny": dict(vae=dict(strides=(4, 8, 8), channels=8, widths=(16, 32), depth=1),
+                 mjd=dict(dim=64, heads=2, depth=2, mlp=128, text_tokens=64)),
+    "small": dict(vae=dict(strides=(4, 8, 8), channels=48, widths=(96, 192), depth=2),
+                  mjd=dict(dim=256, heads=8, depth=8, mlp=1024, text_tokens=64)),
+    "taco": dict(vae=dict(strides=(4, 8, 8), channels=32, widths=(128, 256), depth=3),
+                 mjd=dict(dim=768, heads=12, depth=16, mlp=3072, text_tokens=128)),
+    "paper": dict(vae=dict(strides=(4, 16, 16), channels=48, widths=(256, 512), depth=4),
+                  mjd=dict(dim=3072, heads=24, depth=30, mlp=14336, text_tokens=512)),
+}
+
+
+# ---------------------------------------------------------------------------------- small parts
+
+def attention(q, k, v, mask=None, fused=False):
+    """softmax(q k^T / sqrt(d)) v over (batch, heads, tokens, head_dim).
+
+    mask: bool, True = may attend, broadcastable to (batch, heads, queries, keys); every query needs
+    at least one key. fused: let torch's scaled_dot_product_attention do it; equal to rounding.
+    """
+    if fused:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = (q / math.sqrt(q.shape[-1])) @ k.mT                             # (batch, heads, q, k)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
+def rms_norm(x, eps=1e-6):
+    """x / rms(x) over the last axis, without weights, in x's dtype.
+
+    Wan has LayerNorm here; without weights and in bf16 this is three times faster on a CPU.
+    """
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def timestep_embedding(t, dim):
+    """Sinusoids of 1000 t: t (...,) in [0,1] -> (..., dim), float32."""
+    frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angle = 1000 * t[..., None].float() * frequency
+    return torch.cat([angle.cos(), angle.sin()], -1)
+
+
+def rotary_table(frames, height, width, head_dim, device=None):
+    """cos and sin, each (frames*height*width, head_dim/2): 3D rotary positions, base 10000.
+
+    The head is split over time, height and width as Wan does it (44/42/42 of 128).
+    """
+    spatial = 2 * (head_dim // 6)
+    parts = []
+    for length, dim in ((frames, head_dim - 2 * spatial), (height, spatial), (width, spatial)):
+        frequency = 10000 ** (-torch.arange(0, dim, 2, device=device) / dim)
+        parts.append(torch.arange(length, device=device)[:, None] * frequency)
+    angle = torch.cat([
+        repeat(parts[0], "t d -> (t h w) d", h=height, w=width),
+        repeat(parts[1], "h d -> (t h w) d", t=frames, w=width),
+        repeat(parts[2], "w d -> (t h w) d", t=frames, h=height)], -1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turns the interleaved pairs of x (batch, heads, tokens, head_dim) by their position's angle."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+
+
+def zero_init(layer):
+    """The layer with its weights and bias set to zero: it starts by contributing nothing."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+# ------------------------------------------------------------------------------------ video VAE
+
+class ConvBlock(nn.Module):
+    """x + conv(silu(conv(silu(x)))), the second convolution starts at zero: (F, width, h, w)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.second = zero_init(nn.Conv2d(width, width, 3, padding=1))
+
+    def forward(self, x):
+        return x + self.second(F.silu(self.first(F.silu(x))))
+
+
+class CausalMix(nn.Module):
+    """Adds what the *previous* group of frames knows: (B*n, width, h, w), group 0 gets zeros."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.mix = zero_init(nn.Conv2d(width, width, 3, padding=1))
+
+    def forward(self, x, groups):
+        per_video = rearrange(x, "(b n) c h w -> b n c h w", n=groups)
+        previous = F.pad(per_video[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
+        return x + self.mix(F.silu(previous.flatten(0, 1)))
+
+
+class VideoVAE(nn.Module):
+    """Causal video VAE for colour and motion pseudo videos alike (the paper's E and Dec).
+
+    Frame 0 is a group of its own, then every r_n frames are one; a group is folded into channels and
+    2D convolutions work on it, which sees the groups before it and nothing of the future. A linear
+    projection of whole patches (set to their principal components by `init_from`) carries most of
+    the picture, the convolutions add what it misses. Input sizes: N = 1 + r_n * k, H and W
+    multiples of r_h and r_w. The paper uses Wan2.2's pretrained VAE (4,16,16), 48 channels.
+    """
+
+    def __init__(self, strides=(4, 8, 8), channels=32, widths=(96, 192), depth=2):
+        super().__init__()
+        self.strides, self.channels = tuple(strides), channels
+        frames, self.inner, outer = strides[0], 4, strides[1] // 4
+        fine, coarse = widths
+        pixels, patch = 3 * frames * self.inner ** 2, 3 * frames * strides[1] * strides[2]
+        self.linear_encode = nn.Linear(patch, channels)
+        self.linear_decode = nn.Linear(channels, patch)
+        self.encode_fine = nn.Sequential(nn.Conv2d(pixels, fine, 3, padding=1),
+                                         *[ConvBlock(fine) for _ in range(depth)],
+                                         nn.Conv2d(fine, coarse, outer, stride=outer))
+        self.encode_mix = CausalMix(coarse)
+        self.encode_coarse = nn.Sequential(*[ConvBlock(coarse) for _ in range(depth)], nn.SiLU())
+        self.to_mean = zero_init(nn.Conv2d(coarse, channels, 3, padding=1))
+        self.to_log_variance = nn.Conv2d(coarse, channels, 1)
+        self.from_latent = nn.Conv2d(channels, coarse, 3, padding=1)
+        self.decode_mix = CausalMix(coarse)
+        self.decode_coarse = nn.Sequential(*[ConvBlock(coarse) for _ in range(depth)])
+        self.decode_fine = nn.Sequential(nn.Conv2d(coarse, fine * outer ** 2, 3, padding=1),
+                                         nn.PixelShuffle(outer),
+                                         *[ConvBlock(fine) for _ in range(depth)], nn.SiLU())
+        self.to_pixels = zero_init(nn.Conv2d(fine, pixels, 3, padding=1))
+        # Colour and pseudo latents lie apart: a mean per modality and channel, one deviation each.
+        self.register_buffer("latent_mean", torch.zeros(2, channels))
+        self.register_buffer("latent_std", torch.ones(2))
+
+    def latent_size(self, frames, height, width):
+        """(n, h, w) of a video; ValueError names the sizes that fit."""
+        r_n, r_h, r_w = self.strides
+        if (frames - 1) % r_n or height % r_h or width % r_w:
+            raise ValueError(f"expected N = 1 + {r_n}k frames and H, W multiples of {r_h}, {r_w}; "
+                             f"got N = {frames}, H x W = {height} x {width}: crop or pad the video")
+        return 1 + (frames - 1) // r_n, height // r_h, width // r_w
+
+    def group(self, video):
+        """(B,3,N,H,W) -> (B*n, r_n*3, H, W): frame 0 stands r_n times in its group."""
+        r_n = self.strides[0]
+        video = torch.cat([video[:, :, :1].expand(-1, -1, r_n - 1, -1, -1), video], 2)
+        return rearrange(video, "b c (n r) h w -> (b n) (r c) h w", r=r_n)
+
+    def moments(self, video):
+        """(B,3,N,H,W) in [-1,1] -> mean, log variance (B,C,n,h,w), not normalised."""
+        groups = self.latent_size(*video.shape[2:])[0]
+        x = self.group(video)
+        patches = rearrange(x, "f c (h y) (w x) -> f h w (c y x)",
+                            y=self.strides[1], x=self.strides[2])
+        features = self.encode_fine(F.pixel_unshuffle(x, self.inner))
+        features = self.encode_coarse(self.encode_mix(features, groups))
+        mean = self.linear_encode(patches).movedim(-1, 1) + self.to_mean(features)
+        log_variance = (self.to_log_variance(features) - 8).clamp(-12, 4)
+        return [rearrange(m, "(b n) c h w -> b c n h w", n=groups) for m in (mean, log_variance)]
+
+    def reconstruct(self, latents):
+        """The decoder: latents (B,C,n,h,w), not normalised -> video (B,3,N,H,W)."""
+        groups = latents.shape[2]
+        z = rearrange(latents, "b c n h w -> (b n) c h w")
+        features = self.decode_coarse(self.decode_mix(self.from_latent(z), groups))
+        fine = F.pixel_shuffle(self.to_pixels(self.decode_fine(features)), self.inner)
+        patches = rearrange(self.linear_decode(z.movedim(1, -1)), "f h w (c y x) -> f c (h y) (w x)",
+                            y=self.strides[1], x=self.strides[2])
+        video = rearrange(patches + fine, "(b n) (r c) h w -> b c (n r) h w", n=groups, c=3)
+        return video[:, :, self.strides[0] - 1:]           # frame 0 is the last of its own group
+
+    def statistics(self, modality):
+        """mean (C,1,1,1) and deviation of the latents of "video" or "motion"."""
+        if modality not in ("video", "motion"):
+            raise ValueError(f'expected modality "video" or "motion", got {modality!r}')
+        index = ("video", "motion").index(modality)
+        return self.latent_mean[index, :, None, None, None], self.latent_std[index]
+
+    def encode(self, video, modality="video"):
+        """(B,3,N,H,W) in [-1,1] -> normalised latents (B,C,n,h,w), the mean of q(z|x)."""
+        mean, std = self.statistics(modality)
+        return (self.moments(video)[0].float() - mean) / std
+
+    def decode(self, latents, modality="video"):
+        """Normalised latents (B,C,n,h,w) -> video (B,3,N,H,W), float32, about [-1,1], not clamped."""
+        mean, std = self.statistics(modality)
+        return self.reconstruct(latents * std + mean).float()
+
+    @torch.no_grad()
+    def init_from(self, videos):
+        """Sets the linear projections to the principal components of videos (B,3,N,H,W)."""
+        patches = rearrange(self.group(videos), "f c (h y) (w x) -> (f h w) (c y x)",
+                            y=self.strides[1], x=self.strides[2]).double()
+        centre = patches.mean(0)
+        covariance = (patches - centre).mT @ (patches - centre) / len(patches)
+        basis = torch.linalg.eigh(covariance).eigenvectors[:, -self.channels:].flip(-1)
+        # Unit patches: a latent is the mean over its pixels rather than their sum.
+        unit = math.sqrt(len(centre) / 16)
+        self.linear_encode.weight.copy_(basis.mT / unit)
+        self.linear_encode.bias.copy_(-basis.mT @ centre / unit)
+        self.linear_decode.weight.copy_(basis * unit)
+        self.linear_decode.bias.copy_(centre)
+
+
+# ---------------------------------------------------------------------------------- transformer
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention; q and k are RMS-normalised over the full width (as in Wan2.2)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.query_key_value = nn.Linear(dim, 3 * dim)
+        self.query_weight, self.key_weight = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x, rotary, fused=False):
+        q, k, v = self.query_key_value(x).chunk(3, -1)                        # (batch, tokens, D)
+        q, k = rms_norm(q) * self.query_weight.to(q.dtype), rms_norm(k) * self.key_weight.to(k.dtype)
+        q, k, v = (rearrange(y, "b t (h d) -> b h t d", h=self.heads) for y in (q, k, v))
+        x = attention(rotate(q, *rotary), rotate(k, *rotary), v, fused=fused)
+        return self.out(rearrange(x, "b h t d -> b t (h d)"))
+
+
+class CrossAttention(nn.Module):
+    """Tokens (B,T,D) look at text (B,L,D) under mask (B,L); the output starts at zero."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm_weight = nn.Parameter(torch.ones(dim))
+        self.query, self.key_value = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
+        self.query_weight, self.key_weight = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
+        self.out = zero_init(nn.Linear(dim, dim))
+
+    def forward(self, x, text, mask, fused=False):
+        q = self.query(rms_norm(x) * self.norm_weight.to(x.dtype))            # (B, T, D)
+        k, v = self.key_value(text.to(x.dtype)).chunk(2, -1)                  # (B, L, D)
+        q, k = rms_norm(q) * self.query_weight.to(q.dtype), rms_norm(k) * self.key_weight.to(k.dtype)
+        q, k, v = (rearrange(y, "b t (h d) -> b h t d", h=self.heads) for y in (q, k, v))
+        x = attention(q, k, v, mask[:, None, None], fused)
+        return self.out(rearrange(x, "b h t d -> b t (h d)"))
+
+
+class TextEncoder(nn.Module):
+    """Bytes of the prompt -> tokens (B,L,D), mask (B,L). Stands in for the paper's frozen umT5.
+
+    Trained with the MJD. The empty prompt is allowed: it is the one of classifier-free guidance.
+    """
+
+    def __init__(self, dim, heads, tokens=64, depth=2):
+        super().__init__()
+        self.tokens = tokens
+        self.embedding = nn.Embedding(257, dim)                               # 256: end of text
+        self.attentions = nn.ModuleList(SelfAttention(dim, heads) for _ in range(depth))
+        self.mlps = nn.ModuleList(mlp(dim, 2 * dim) for _ in range(depth))
+
+    def forward(self, prompts):
+        device = self.embedding.weight.device
+        rows = [list(prompt.encode("utf-8")) + [256] for prompt in prompts]
+        longest = max(map(len, rows))
+        if longest > self.tokens:
+            raise ValueError(f"expected a prompt of at most {self.tokens - 1} bytes, got "
+                             f"{longest - 1}: shorten it to '<tool, action, target>'")
+        # Padding repeats the end mark and is masked out for the cross-attention.
+        codes = torch.tensor([row + [256] * (longest - len(row)) for row in rows], device=device)
+        mask = torch.arange(longest, device=device) < torch.tensor([[len(row)] for row in rows],
+                                                                   device=device)
+        x = self.embedding(codes)                                             # (B, L, D)
+        heads = self.attentions[0].heads
+        rotary = rotary_table(longest, 1, 1, x.shape[-1] // heads, device)
+        for layer, feed_forward in zip(self.attentions, self.mlps):
+            x = x + layer(rms_norm(x), rotary)
+            x = x + feed_forward(rms_norm(x))
+        return x, mask
+
+
+def mlp(dim, hidden):
+    """Linear, GELU (tanh), linear: no gating, as in Wan2.2."""
+    return nn.Sequential(nn.Linear(dim, hidden), nn.GELU("tanh"), nn.Linear(hidden, dim))
+
+
+class Layout:
+    """Where the tokens of one view are: [scale | register | video (n h w) | motion (n h w)].
+
+    row (T,): each token's row of the modulation table (one a video frame, the last for motion);
+    within: rotary tables of the T tokens (special tokens are not turned); across(V): those of the
+    h*w places of one frame, seen V times.
+    """
+
+    def __init__(self, frames, height, width, head_dim, device=None):
+        self.special, self.frames = SCALE_TOKENS + REGISTER_TOKENS, frames
+        self.height, self.width, self.places = height, width, height * width
+        video_row = torch.arange(frames, device=device).repeat_interleave(self.places)
+        motion_row = torch.full_like(video_row, frames)
+        self.row = torch.cat([motion_row.new_full((self.special,), frames), video_row, motion_row])
+        cos, sin = rotary_table(frames, height, width, head_dim, device)
+        self.within = (F.pad(cos.repeat(2, 1), (0, 0, self.special, 0), value=1.0),
+                       F.pad(sin.repeat(2, 1), (0, 0, self.special, 0)))
+        self.place = (cos[:self.places], sin[:self.places])
+
+    def across(self, views):
+        return tuple(table.repeat(views, 1) for table in self.place)
+
+
+class Block(nn.Module):
+    """One MJD block: modulation, inter-view, intra-view, text, MLP, in the order of Sec. 3.3."""
+
+    def __init__(self, dim, heads, hidden):
+        super().__init__()
+        self.modulation = nn.Parameter(torch.zeros(2, 6, dim))                # video, motion
+        self.inter_view, self.intra_view = SelfAttention(dim, heads), SelfAttention(dim, heads)
+        self.cross = CrossAttention(dim, heads)
+        self.mlp = mlp(dim, hidden)
+
+    def forward(self, x, modulation, layout, text, text_mask, fused):
+        """x (B,V,T,D); modulation (B,V,n+1,6,D): one row a video frame, the last for motion."""
+        bias = torch.cat([self.modulation[:1].expand(layout.frames, -1, -1), self.modulation[1:]])
+        rows = (modulation + bias).to(x.dtype).unbind(3)
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (r[:, :, layout.row] for r in rows)
+
+        h = rms_norm(x) * (1 + scale) + shift                                 # (B, V, T, D)
+        x = x + gate * self.between_views(h, layout, fused)
+        h = rms_norm(x) * (1 + scale) + shift  # shared by both attentions: the paper counts six rows
+        x = x + gate * self.within_view(h, layout, fused)
+        batch, views = x.shape[:2]
+        x = rearrange(x, "b v t d -> b (v t) d")
+        x = rearrange(x + self.cross(x, text, text_mask, fused), "b (v t) d -> b v t d", v=views)
+        return x + gate_mlp * self.mlp(rms_norm(x) * (1 + scale_mlp) + shift_mlp)
+
+    def between_views(self, x, layout, fused):
+        """Inter-view geometry attention: all views at one latent time, each modality by itself.
+        Scale and register tokens have no time and no place: they are left as they are."""
+        visual = x[:, :, layout.special:]                                     # (B, V, 2nhw, D)
+        batch, views = x.shape[:2]
+        visual = rearrange(visual, "b v (m n p) d -> (b m n) (v p) d", m=2, n=layout.frames)
+        visual = self.inter_view(visual, layout.across(views), fused)
+        visual = rearrange(visual, "(b m n) (v p) d -> b v (m n p) d", b=batch, m=2, v=views)
+        return F.pad(visual, (0, 0, layout.special, 0))
+
+    def within_view(self, x, layout, fused):
+        """Intra-view spatiotemporal attention: all tokens of one view, all frames, both modalities."""
+        out = self.intra_view(x.flatten(0, 1), layout.within, fused)          # (B*V, T, D)
+        return out.unflatten(0, x.shape[:2])
+
+
+class MJD(nn.Module):
+    """The multi-view joint diffusion transformer G_MJD (Sec. 3.3).
+
+    channels: of the VAE's latents; dim, heads, depth, mlp: width, heads, blocks, hidden width;
+    text_tokens: longest prompt in bytes + 1; patch: latent pixels a token is wide and high.
+    fused and checkpointing can be switched at any time: same results, other time and memory.
+    """
+
+    # The scale is regressed in these units: s = 0.6 m + 0.1 m * output (about the scene's depth).
+    scale_centre, scale_unit = 0.6, 0.1
+
+    def __init__(self, channels=32, dim=256, heads=8, depth=8, mlp=1024, text_tokens=64, patch=2):
+        super().__init__()
+        self.channels, self.heads, self.patch = channels, heads, patch
+        self.fused, self.checkpointing = False, False
+        self.text = TextEncoder(dim, heads, text_tokens)
+        pixels = channels * patch ** 2
+        self.embed = nn.ModuleList(nn.Linear(pixels, dim) for _ in range(2))      # video, motion
+        # The refined motion guidance enters by a projection of its own. The paper adds it to z_Mpv,t
+        # (Alg. 1); measured, the sum is ambiguous and spoils low t (README, tried and dropped).
+        self.embed_guidance = zero_init(nn.Linear(pixels, dim))
+        self.embed_rays = zero_init(nn.Linear(6 * patch ** 2, dim))
+        self.modality = nn.Parameter(torch.randn(2, dim) * 0.02)
+        self.special = nn.Parameter(torch.randn(SCALE_TOKENS + REGISTER_TOKENS, dim) * 0.02)
+        self.time = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
+        self.time_rows = nn.ModuleList(zero_init(nn.Linear(dim, 6 * dim)) for _ in range(2))
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp) for _ in range(depth))
+        self.head_modulation = zero_init(nn.Linear(dim, 2 * dim))
+        self.heads_out = nn.ModuleList(zero_init(nn.Linear(dim, pixels)) for _ in range(2))
+        self.head_scale = zero_init(nn.Linear(dim, 1))
+
+    def forward(self, video, motion, t, text, rays, given, guidance=None):
+        """One joint estimate: (v_video, v_motion) (B,V,C,n,h,w) and scale (B,V,2) in metres.
+
+        video (B,V,C,n,h,w): z_V,t with the clean z_I in latent frame 0 where given; motion: z_Mpv,t;
+        t (B,) flow time; text: (tokens (B,L,D), mask (B,L)) of self.text; rays (B,V,6,H,W) from
+        data.plucker_rays, any resolution; given (B,V) bool: views whose reference is shown, their
+        first video tokens carry t = 0; guidance (B,V,C,n,h,w): z~ of Alg. 1 line 3, or None.
+        """
+        batch, views, _, frames, height, width = video.shape
+        if height % self.patch or width % self.patch:
+            raise ValueError(f"expected latents with h, w multiples of the patch {self.patch}, got "
+                             f"{height} x {width}: choose another picture size")
+        layout = Layout(frames, height // self.patch, width // self.patch,
+                        self.special.shape[-1] // self.heads, video.device)
+        x = self.tokens(video, motion, rays, guidance)                        # (B, V, T, D)
+        modulation, head_row = self.modulations(t, given, frames)
+        text_tokens, text_mask = text
+        for block in self.blocks:
+            arguments = (x, modulation, layout, text_tokens, text_mask, self.fused)
+            if self.checkpointing and self.training:
+                x = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x = block(*arguments)
+        shift, scale = (row[:, :, layout.row] for row in head_row.to(x.dtype).chunk(2, -1))
+        x = rms_norm(x) * (1 + scale) + shift
+        visual = rearrange(x[:, :, layout.special:], "b v (m t) d -> m b v t d", m=2)
+        velocities = [self.unpatchify(head(y), layout) for head, y in zip(self.heads_out, visual)]
+        scale = self.head_scale(x[:, :, :SCALE_TOKENS])[..., 0].float()       # (B, V, 2)
+        return *velocities, self.scale_centre + self.scale_unit * scale
+
+    def tokens(self, video, motion, rays, guidance):
+        """Latents, rays and guidance -> tokens (B,V,T,D) in the order of Layout."""
+        batch, views, _, frames, height, width = video.shape
+        rays = F.adaptive_avg_pool2d(rays.flatten(0, 1), (height, width)).unflatten(0, (batch, views))
+        rays = self.embed_rays(self.patchify(rays[:, :, :, None]))            # (B, V, 1 h w, D)
+        rays = rays.repeat(1, 1, frames, 1)
+        parts = [repeat(self.special, "s d -> b v s d", b=batch, v=views)]
+        for index, latents in enumerate((video, motion)):
+            parts.append(self.embed[index](self.patchify(latents)) + self.modality[index] + rays)
+        if guidance is not None:
+            parts[2] = parts[2] + self.embed_guidance(self.patchify(guidance))
+        # The first layer decides the dtype of the residual stream: bf16 under autocast.
+        return torch.cat([part.to(parts[1].dtype) for part in parts], 2)
+
+    def patchify(self, latents):
+        """(B,V,C,n,h,w) -> (B,V,n h/p w/p,C p p)."""
+        return rearrange(latents, "b v c n (h y) (w x) -> b v (n h w) (c y x)",
+                         y=self.patch, x=self.patch)
+
+    def unpatchify(self, tokens, layout):
+        """The inverse of patchify, float32."""
+        return rearrange(tokens.float(), "b v (n h w) (c y x) -> b v c n (h y) (w x)",
+                         n=layout.frames, h=layout.height, y=self.patch, x=self.patch)
+
+    def modulations(self, t, given, frames):
+        """Rows for every token time: (B,V,n+1,6,D) of the blocks and (B,V,n+1,2D) of the head.
+
+        Row i < n is video frame i: its time is t, but exactly 0 for a reference that is given. The
+        last row is for the motion tokens (and the scale and register tokens), with its own weights.
+        """
+        time = repeat(t, "b -> b v r", v=given.shape[1], r=frames + 1).clone()
+        time[:, :, 0] = torch.where(given, 0.0, time[:, :, 0])
+        features = self.time(timestep_embedding(time, 256))                   # (B, V, n+1, D)
+        rows = torch.cat([self.time_rows[0](features[:, :, :-1]),
+                          self.time_rows[1](features[:, :, -1:])], 2)
+        return rows.unflatten(-1, (6, -1)), self.head_modulation(features)
+
+
+def tokens_per_view(frames, height, width, preset):
+    """Text, scale, register and visual tokens of one view of N x H x W pixels, as Sec. 3.3 counts."""
+    r_n, r_h, r_w = PRESETS[preset]["vae"]["strides"]
+    patch = PRESETS[preset]["mjd"].get("patch", 2)
+    visual = (1 + (frames - 1) // r_n) * (height // r_h // patch) * (width // r_w // patch)
+    return PRESETS[preset]["mjd"]["text_tokens"] + SCALE_TOKENS + REGISTER_TOKENS + 2 * visual
+
+
+def count_parameters(module):
+    """Number of trained numbers in a module."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+# --------------------------------------------------------------------------------------- lesson
+
+@torch.no_grad()
+def influence(function, x, groups):
+    """Which group of entries changes which: (G,G) relative change of column for a nudge of row."""
+    before = function(x)
+    change = torch.zeros(len(groups), len(groups))
+    for row, group in enumerate(groups):
+        nudged = x.clone()
+        nudged[group] += torch.randn_like(nudged[group])
+        difference = function(nudged) - before
+        change[row] = torch.stack([difference[column].norm() for column in groups])
+    return change / change.amax()
+
+
+@torch.no_grad()
+def attention_patterns(views=3):
+    """Measured influence matrices of inter-view and intra-view attention of one `small` block, and
+    of video frames on VAE latents; rows and columns are (modality, view, latent frame)."""
+    torch.manual_seed(0)
+    size = PRESETS["small"]["mjd"]
+    block = Block(size["dim"], size["heads"], size["mlp"])
+    layout = Layout(4, 4, 6, size["dim"] // size["heads"])
+    x = torch.randn(1, views, len(layout.row), size["dim"])
+    starts = [layout.special + layout.places * i for i in range(2 * layout.frames)]
+    groups = [(slice(None), view, slice(start, start + layout.places))
+              for start in starts for view in range(views)]
+    between = influence(lambda y: block.between_views(y, layout, False), x, groups)
+    within = influence(lambda y: block.within_view(y, layout, False), x, groups)
+    vae = VideoVAE(**PRESETS["tiny"]["vae"])
+    nn.init.normal_(vae.encode_mix.mix.weight, std=0.1), nn.init.normal_(vae.to_mean.weight, std=0.1)
+    video = torch.randn(1, 3, 13, 16, 16)
+    frames = [torch.randn_like(video) * F.one_hot(torch.tensor(n), 13)[:, None, None] for n in range(13)]
+    before = vae.moments(video)[0]
+    causal = torch.stack([(vae.moments(video + f)[0] - before).square().sum((0, 1, 3, 4)) for f in frames])
+    return between, within, causal / causal.max()
+
+
+def lesson_picture(patterns, path):
+    """The three influence matrices side by side."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    titles = ("inter-view attention: all views, one time,\none modality",
+              "intra-view attention: one view, all times,\nboth modalities",
+              "VAE: frame (row) -> latent frame (column),\nnothing sees the future")
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.8), layout="constrained")
+    for axis, pattern, title in zip(axes, patterns, titles):
+        axis.imshow(pattern.sqrt(), cmap="magma", aspect="auto")
+        axis.set_title(title, fontsize=10)
+    for axis in axes[:2]:
+        names = [f"{m} t{n}" for m in ("video", "motion") for n in range(4)]
+        axis.set_xticks(range(1, 24, 3), names, rotation=90), axis.set_yticks(range(1, 24, 3), names)
+        axis.set_xlabel("changed group (three views each)"), axis.set_ylabel("nudged group")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+
+
+def lesson():
+    """Shapes, sizes and speed of the `small` network, tokens of the paper's, who attends to whom."""
+    import time
+    from pathlib import Path
+    with torch.device("meta"):
+        paper = MJD(PRESETS["paper"]["vae"]["channels"], **PRESETS["paper"]["mjd"])
+    text = count_parameters(paper.text)
+    print(f"paper preset, 3 x 49 x 480 x 704: {tokens_per_view(49, 480, 704, 'paper'):,} tokens a view, "
+          f"{(count_parameters(paper) - text) / 1e9:.2f} B parameters + text encoder {text / 1e9:.2f} B")
+
+    vae = VideoVAE(**PRESETS["small"]["vae"])
+    mjd = MJD(vae.channels, **PRESETS["small"]["mjd"])
+    print(f"small preset, 3 x 13 x 64 x 96: {tokens_per_view(13, 64, 96, 'small')} tokens a view; "
+          f"VAE {count_parameters(vae) / 1e6:.2f} M, MJD {count_parameters(mjd) / 1e6:.2f} M parameters")
+    video = torch.rand(3, 3, 13, 64, 96) * 2 - 1
+    with torch.no_grad():
+        latents = vae.encode(video)[None]
+        start = time.perf_counter()
+        given = torch.tensor([[True, False, False]])
+        out = mjd(latents, latents, torch.tensor([0.5]), mjd.text(["<spoon, stir, bowl>"]),
+                  torch.randn(1, 3, 6, 64, 96), given)
+        seconds = time.perf_counter() - start
+    print(f"video {tuple(video.shape)} -> latents {tuple(latents.shape)} -> velocities "
+          f"{tuple(out[0].shape)}, {tuple(out[1].shape)}, scale {tuple(out[2].shape)}; "
+          f"one forward pass in fp32 {seconds:.2f} s")
+
+    patterns = attention_patterns()
+    view, time_of = torch.arange(24) % 3, torch.arange(24) // 3
+    for name, pattern in zip(("inter-view", "intra-view"), patterns):
+        other_view = pattern[view[:, None] != view[None]].max()
+        other_time = pattern[time_of[:, None] % 4 != time_of[None] % 4].max()
+        print(f"{name} attention: largest influence on another view {other_view:.2f}, on another time "
+              f"{other_time:.2f}")
+    future = max(patterns[2][n, :(n + 3) // 4].max().item() for n in range(1, 13))
+    print(f"VAE: largest influence of a frame on an earlier latent frame {future:.2f}")
+    lesson_picture(patterns, Path("out/mjd.png"))
+    print("wrote out/mjd.png")
+
+
+if __name__ == "__main__":
+    lesson()

@@ -1,0 +1,576 @@
+"""Training: the VAE, the warm-ups of Sec. 4.2 and Alg. 1.
+
+    python train.py --stage all                   # everything, from nothing, into runs/small
+    python train.py --stage joint                 # Alg. 1, from the shipped weights
+    python train.py --stage joint --preset taco --data taco --data-root DIR --mano-dir DIR
+    python train.py --stage all --resume          # go on where a stopped run was
+
+Stages: vae (frozen afterwards), base (single-view MJD, no loop), dpa (DPA on the MJD's estimates),
+joint (Alg. 1: everything, all views, closed loop). A run folder holds checkpoint.pt (to resume),
+weights.pt (averaged weights in bf16, for sample.py), log.jsonl, loss.png and val_*.png.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import resource
+import signal
+import sys
+import time
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import imageio.v3 as iio
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Sampler, default_collate
+
+from cycle import (DDIMScheduler, bf16_is_faster, build_models, diffuse, dpa_losses, encode, fold,
+                   joint_losses, load_models, mjd_losses, moving_psnr, sample)
+from data import FOREGROUND_THRESHOLD, TACO, SyntheticHOI, film_strip
+from mjd import PRESETS, count_parameters
+
+STAGES = ("vae", "base", "dpa", "joint")
+SHIPPED = Path(__file__).parent / "weights"
+
+# What a preset trains on and for how long. batch: scenes a step, by stage.
+RECIPES = {
+    "tiny": dict(size=(32, 48), frames=5, views=2, tracks=32, rate=1e-3,
+                 steps=dict(vae=40, base=40, dpa=40, joint=40), batch=2,
+                 dpa=dict(dim=32, depth=2, heads=2, patch=32)),
+    "small": dict(size=(64, 96), frames=13, views=3, tracks=256, rate=6e-4,
+                  steps=dict(vae=3000, base=2500, dpa=800, joint=2500), batch=4,
+                  dpa=dict(dim=128, depth=4, heads=4, patch=96)),
+    "taco": dict(size=(256, 384), frames=25, views=3, tracks=1024, rate=2e-4,
+                 steps=dict(vae=50_000, base=40_000, dpa=20_000, joint=60_000), batch=1,
+                 dpa=dict(dim=192, depth=6, heads=6, patch=128)),
+    "paper": dict(size=(480, 704), frames=49, views=3, tracks=1600, rate=1e-4,
+                  steps=dict(vae=100_000, base=5_000, dpa=5_000, joint=30_000), batch=1,
+                  dpa=dict(dim=256, depth=8, heads=8, patch=256)),
+}
+
+
+def option(default, text, **keywords):
+    """A field of Settings: its default, its sentence in --help."""
+    return field(default=default, metadata=dict(help=text, **keywords))
+
+
+@dataclass
+class Settings:
+    """Every field is a flag of train.py."""
+    stage: str = option("joint", "what to train; all = vae, base, dpa, joint", choices=(*STAGES, "all"))
+    preset: str = option("small", "sizes of networks and pictures", choices=tuple(RECIPES))
+    data: str = option("synthetic", "what to train on", choices=("synthetic", "taco"))
+    data_root: str = option("", "folder of the TACO data set")
+    mano_dir: str = option("", "folder of MANO_LEFT.pkl and MANO_RIGHT.pkl (yours, by licence)")
+    split_file: str = option("", "TACO's own split file, lines of `sequence,split`")
+    size: str = option("", "picture size HxW, default the preset's (for progressive resolution)")
+    steps: int = option(0, "steps of the stage, 0 = the preset's")
+    batch: int = option(0, "scenes a step, 0 = the preset's")
+    rate: float = option(0.0, "peak learning rate, 0 = the preset's")
+    minutes: float = option(0.0, "stop a stage after so many minutes (decay included), 0 = never")
+    guidance_dropout: float = option(0.3, "share of joint steps without motion guidance")
+    single_view: float = option(0.15, "share of joint steps with V = 1")
+    scenes: int = option(0, "distinct training scenes, 0 = no limit (each is new; slow on a CPU)")
+    cache: str = option("", "folder that keeps rendered scenes or decoded TACO crops")
+    workers: int = option(1, "processes that prepare data (a GPU renders the world itself)")
+    out: str = option("", "run folder, default runs/PRESET")
+    resume: bool = option(False, "go on from checkpoint.pt of the run folder")
+    device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"))
+    precision: str = option("auto", "auto: bf16 if measured faster", choices=("auto", "fp32", "bf16"))
+    compile: bool = option(False, "torch.compile the networks (minutes to start, faster after)")
+    checkpointing: bool = option(False, "recompute activations block by block to save memory")
+    log_every: int = option(20, "steps between log lines")
+    save_every: int = option(200, "steps between checkpoints")
+    sample_every: int = option(500, "steps between validation samples, 0 = never")
+    seed: int = option(0, "of weights, data and noise")
+
+
+def parse(arguments=None):
+    """Command line -> Settings, checked."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for entry in fields(Settings):
+        flag = "--" + entry.name.replace("_", "-")
+        if entry.type is bool:
+            parser.add_argument(flag, action="store_true", help=entry.metadata["help"])
+        else:
+            parser.add_argument(flag, type=entry.type, default=entry.default,
+                                metavar=entry.name.upper(), **entry.metadata)
+    settings = Settings(**vars(parser.parse_args(arguments)))
+    for name in ("steps", "batch", "rate", "minutes", "scenes", "workers", "sample_every"):
+        if getattr(settings, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')}: expected 0 or more, got "
+                             f"{getattr(settings, name)}")
+    for name in ("log_every", "save_every"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: expected 1 or more, got "
+                             f"{getattr(settings, name)}")
+    for name in ("guidance_dropout", "single_view"):
+        if not 0 <= getattr(settings, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')}: expected a share in [0, 1], got "
+                             f"{getattr(settings, name)}")
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: expected a CUDA GPU, this torch sees none: use --device cpu")
+    if settings.data == "taco" and not (settings.data_root and settings.mano_dir):
+        raise ValueError("--data taco: expected --data-root and --mano-dir, see README, Train on TACO")
+    settings.out = settings.out or f"runs/{settings.preset}"
+    return settings
+
+
+# ----------------------------------------------------------------------------------------- data
+
+class StepSampler(Sampler):
+    """Scene indices from sample `start` on, in an order that depends on the seed alone, so that a
+    resumed run sees what an uninterrupted one would have seen."""
+
+    def __init__(self, scenes, seed, start):
+        self.scenes, self.seed, self.start = scenes, seed, start
+
+    def __iter__(self):
+        epoch, first = divmod(self.start, self.scenes)
+        while True:
+            generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
+            yield from torch.randperm(self.scenes, generator=generator)[first:].tolist()
+            epoch, first = epoch + 1, 0
+
+
+def make_dataset(settings, recipe, split):
+    """The data set of a run at its size."""
+    shape = dict(size=recipe["size"], frames=recipe["frames"], views=recipe["views"],
+                 tracks=recipe["tracks"], seed=settings.seed, cache=settings.cache or None)
+    if settings.data == "taco":
+        return TACO(settings.data_root, settings.mano_dir, split,
+                    split_file=settings.split_file or None, **shape)
+    if settings.scenes and split == "train":
+        shape["length"] = settings.scenes
+    return SyntheticHOI(split, **shape)
+
+
+def batches(settings, dataset, count, start, device):
+    """An endless stream of collated samples on the device, from sample number `start` on."""
+    order = StepSampler(len(dataset), settings.seed, start)
+    if settings.data == "synthetic" and device.type == "cuda":
+        indices = iter(order)
+        while True:                                       # the GPU renders its own scenes
+            yield dataset.batch([next(indices) for _ in range(count)], device)
+    loader = DataLoader(dataset, count, sampler=order, num_workers=settings.workers,
+                        pin_memory=device.type == "cuda", persistent_workers=settings.workers > 0)
+    for batch in loader:
+        yield to_device(batch, device)
+
+
+def to_device(batch, device):
+    return {key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+            for key, value in batch.items()}
+
+
+def views_to_batch(batch):
+    """(B,V,...) -> (B*V,1,...): every view is a sample of its own."""
+    views = batch["video"].shape[1]
+    single = {key: value.flatten(0, 1)[:, None] for key, value in batch.items() if key != "prompt"}
+    return single | {"prompt": [prompt for prompt in batch["prompt"] for _ in range(views)]}
+
+
+# --------------------------------------------------------------------------------------- losses
+
+def vae_losses(vae, batch, generator, foreground_weight=4.0):
+    """Reconstruction (L1 + squared, foreground counts more) of colour and pseudo videos, and KL."""
+    videos = torch.cat([fold(batch["video"]), fold(batch["pseudo"])])             # (2BV,3,N,H,W)
+    foreground = (fold(batch["pseudo"])[:, 2:] + 1) / 2 > FOREGROUND_THRESHOLD
+    weight = (1 + (foreground_weight - 1) * foreground.float()).repeat(2, 1, 1, 1, 1)
+    weight = weight / weight.mean()
+    mean, log_variance = (m.float() for m in vae.moments(videos))
+    noise = torch.randn(mean.shape, generator=generator).to(mean)
+    error = vae.reconstruct(mean + (log_variance / 2).exp() * noise).float() - videos
+    l1, l2 = (weight * error.abs()).mean(), (weight * error.square()).mean()
+    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    return {"l1": l1, "l2": 4 * l2, "kl": 1e-5 * kl}
+
+
+@torch.no_grad()
+def measure_latents(vae, stream, scenes):
+    """Sets the VAE's latent statistics: a mean per modality and channel, one deviation each."""
+    vae.latent_mean.zero_(), vae.latent_std.fill_(1.0)
+    found = {"video": [], "pseudo": []}
+    while sum(map(len, found["video"])) < scenes * 2:
+        batch = next(stream)
+        for key, latents in found.items():
+            latents.append(encode(vae, batch[key], "video").flatten(0, 1))
+    for index, latents in enumerate(torch.cat(latents) for latents in found.values()):
+        mean = latents.mean((0, 2, 3, 4))
+        vae.latent_mean[index] = mean
+        vae.latent_std[index] = (latents - mean[:, None, None, None]).std()
+
+
+def stage_losses(stage, models, batch, scheduler, settings, generator):
+    """The loss parts of one step of a stage; all randomness from `generator`."""
+    if stage == "vae":
+        return vae_losses(models.vae, batch, generator)
+    if stage == "base":                       # single-view image-to-video warm-up (Sec. 4.2)
+        return joint_losses(models, views_to_batch(batch), scheduler, use_dpa=False,
+                            generator=generator)
+    if stage == "dpa":                        # on the clean estimates of the MJD as it is
+        with torch.no_grad():
+            noisy = diffuse(models, batch, scheduler, generator=generator)
+            _, motion, scale = mjd_losses(models.mjd, noisy, scheduler)
+        return dpa_losses(models, noisy, scheduler, motion, scale, generator)
+    chance = torch.rand(2, generator=generator)
+    if chance[0] < settings.single_view:      # keeps the single-view model alive
+        batch = views_to_batch(batch)
+    return joint_losses(models, batch, scheduler, generator=generator,
+                        use_guidance=bool(chance[1] >= settings.guidance_dropout))
+
+
+# --------------------------------------------------------------------------------------- trainer
+
+def trained_networks(models, stage):
+    """Names of the networks that a stage trains."""
+    return {"vae": ["vae"], "base": ["mjd"], "dpa": ["dpa"], "joint": ["mjd", "dpa"]}[stage]
+
+
+def learning_rate(step, steps, peak, warmup=100):
+    """Linear warm-up, cosine decay to a twentieth."""
+    warm = min(1.0, (step + 1) / min(warmup, max(1, steps // 5)))
+    return peak * warm * (0.05 + 0.95 * (0.5 + 0.5 * math.cos(math.pi * min(1.0, step / steps))))
+
+
+class Trainer:
+    """One run folder: networks, their averages, optimiser, randomness, log."""
+
+    def __init__(self, settings):
+        self.settings, self.out = settings, Path(settings.out)
+        cuda = torch.cuda.is_available() and settings.device != "cpu"
+        self.device = torch.device("cuda" if cuda else "cpu")
+        self.recipe = make_recipe(settings)
+        self.scheduler = DDIMScheduler("flow")
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.stage, self.step, self.optimiser = None, 0, None
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.stopping = self.interrupted = False
+        self.load()
+        bf16 = settings.precision == "bf16" or \
+            settings.precision == "auto" and bf16_is_faster(self.device)
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+        self.announce(bf16)
+        self.models.mjd.checkpointing = settings.checkpointing
+        self.models.mjd.fused = cuda          # on a CPU the explicit product measured faster
+        if settings.compile:
+            for network in (self.models.mjd, self.models.vae):
+                network.compile()
+
+    # ------------------------------------------------------------------------------ checkpoints
+
+    def load(self):
+        """Networks from the run folder, else the shipped weights, else new; says which."""
+        torch.manual_seed(self.settings.seed)
+        path = self.out / "checkpoint.pt"
+        shipped = SHIPPED / f"{self.settings.preset}.pt"
+        self.state = None
+        if path.exists():
+            loaded, source = load_models(path), f"{path}"
+            self.state = torch.load(path, map_location="cpu", weights_only=True)
+        elif self.settings.resume:
+            raise ValueError(f"--resume: expected {path}, found none: leave --resume out to start")
+        elif self.settings.stage in ("vae", "all") or not shipped.exists():
+            loaded, source = None, "new weights"
+        else:
+            loaded, source = load_models(shipped), f"the shipped {shipped.name}"
+        config = make_config(self.settings.preset, self.recipe)
+        self.models = loaded or build_models(config)
+        for name in ("vae", "mjd", "dpa"):
+            if self.models.config[name] != config[name]:
+                raise ValueError(f"--preset {self.settings.preset}: {source} was made with other "
+                                 f"settings of {name}: give another --out")
+        self.models.config = config
+        self.models.to(self.device)
+        for network in self.models.networks.values():
+            network.requires_grad_(True)
+        self.average = {name: {key: value.clone() for key, value in network.state_dict().items()}
+                        for name, network in self.models.networks.items()}
+        if self.state and "average" in self.state:
+            self.average = {n: {k: v.to(self.device) for k, v in s.items()}
+                            for n, s in self.state["average"].items()}
+        print(f"starting from {source}")
+
+    def begin(self, stage):
+        """Optimiser of a stage; from the checkpoint if it was saved within this stage."""
+        self.stage, self.step = stage, 0
+        self.names = trained_networks(self.models, stage)
+        parameters = [p for name in self.names for p in self.models.networks[name].parameters()]
+        for name, network in self.models.networks.items():
+            network.requires_grad_(name in self.names).train(name in self.names)
+        self.parameters = parameters
+        self.optimiser = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.01)
+        if self.settings.resume and self.state and self.state["stage"] == stage:
+            self.optimiser.load_state_dict(self.state["optimiser"])
+            self.step = self.state["step"]
+            self.generator.set_state(self.state["generator"])
+        else:
+            self.generator.manual_seed(self.settings.seed * 7919 + STAGES.index(stage))
+
+    def save(self):
+        """checkpoint.pt and weights.pt, each under its final name only when it is whole."""
+        networks = {name: network.state_dict() for name, network in self.models.networks.items()}
+        write_atomically(self.out / "checkpoint.pt", networks | dict(
+            config=self.models.config, average=self.average, optimiser=self.optimiser.state_dict(),
+            stage=self.stage, step=self.step, generator=self.generator.get_state()))
+        half = {name: {k: v.bfloat16() if name != "vae" or v.ndim > 1 else v for k, v in s.items()}
+                for name, s in self.average.items()}
+        write_atomically(self.out / "weights.pt", half | dict(config=self.models.config))
+
+    # ------------------------------------------------------------------------------------ steps
+
+    def run(self, stage):
+        """One stage to its end, or to Ctrl-C or --minutes."""
+        self.begin(stage)
+        steps = self.settings.steps or self.recipe["steps"][stage]
+        if self.step >= steps:
+            return print(f"{stage}: already at step {self.step} of {steps}")
+        dataset = make_dataset(self.settings, self.recipe, "train")
+        count = self.settings.batch or self.recipe["batch"]
+        stream = batches(self.settings, dataset, count, self.step * count, self.device)
+        self.first_batch(stage, stream)
+        self.started, self.first_step = time.perf_counter(), self.step
+        while self.step < steps and not self.stopping:
+            progress = self.progress(steps)
+            line = self.train_step(stage, next(stream), progress)
+            self.step += 1
+            self.stopping |= progress >= 1
+            if self.step % self.settings.log_every == 0 or self.step in (1, steps):
+                self.log(line, steps)
+            if self.settings.sample_every and self.step % self.settings.sample_every == 0:
+                self.validate()
+            if self.step % self.settings.save_every == 0:
+                self.save()
+        if stage == "vae":
+            measure_latents(self.models.vae, stream, 24)
+            for key in ("latent_mean", "latent_std"):
+                self.average["vae"][key].copy_(getattr(self.models.vae, key))
+        self.finish_stage()
+
+    def progress(self, steps):
+        """Share of the stage that is over, by steps or by --minutes, whichever is further."""
+        spent = (time.perf_counter() - self.started) / 60
+        by_time = spent / self.settings.minutes if self.settings.minutes else 0.0
+        return min(1.0, max(self.step / steps, by_time))
+
+    def first_batch(self, stage, stream):
+        """A new VAE starts from the principal components of some scenes."""
+        if stage == "vae" and self.step == 0:
+            scenes = [next(stream) for _ in range(4)]
+            videos = torch.cat([fold(scene[key]) for scene in scenes for key in ("video", "pseudo")])
+            self.models.vae.init_from(videos)
+            self.average["vae"] = {k: v.clone() for k, v in self.models.vae.state_dict().items()}
+
+    def train_step(self, stage, batch, progress):
+        """One optimiser step; the loss parts, gradient norm and rate for the log."""
+        rate = learning_rate(progress * 10_000, 10_000, self.settings.rate or self.recipe["rate"],
+                             warmup=200)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        with self.autocast:
+            parts = stage_losses(stage, self.models, batch, self.scheduler, self.settings,
+                                 self.generator)
+        loss = sum(parts.values())
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        parts = {key: value.detach() for key, value in parts.items()}
+        if self.device.type == "cpu" or self.step % self.settings.log_every == 0:
+            self.check_finite(parts, norm)    # on a GPU not every step: it would wait for the result
+        self.optimiser.step()
+        self.update_average()
+        return parts | {"gradient": norm.detach(), "rate": rate}
+
+    def check_finite(self, parts, norm):
+        """Stops before the step that would spoil the weights."""
+        bad = [key for key, value in parts.items() if not torch.isfinite(value)]
+        if bad or not torch.isfinite(norm):
+            raise ValueError(f"{self.stage} step {self.step}: the loss part {bad or 'gradient'} is not "
+                             f"finite (gradient norm {norm:.3g}): the last good state is in "
+                             f"{self.out}/checkpoint.pt; resume with a lower --rate")
+
+    @torch.no_grad()
+    def update_average(self, decay=0.999):
+        """Exponential moving average of the weights; young runs forget faster."""
+        decay = min(decay, (1 + self.step) / (10 + self.step))
+        for name in self.names:
+            for key, value in self.models.networks[name].state_dict().items():
+                if value.is_floating_point():
+                    self.average[name][key].lerp_(value.to(self.average[name][key]), 1 - decay)
+
+    # ---------------------------------------------------------------------------------- reports
+
+    def announce(self, bf16):
+        """What decides the run, before step 1."""
+        recipe, settings = self.recipe, self.settings
+        count = settings.batch or recipe["batch"]
+        sizes = ", ".join(f"{name} {count_parameters(network) / 1e6:.2f} M"
+                          for name, network in self.models.networks.items())
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else platform.processor()
+        print(f"device {self.device} {name}, {'bf16 (measured faster)' if bf16 else 'fp32'}; {sizes}\n"
+              f"{recipe['views']} views x {recipe['frames']} frames x {recipe['size'][0]}x"
+              f"{recipe['size'][1]}, {recipe['tracks']} tracks; batch {count} scenes x "
+              f"{recipe['views']} views = {count * recipe['views']}; seed {settings.seed}; "
+              f"into {self.out}", flush=True)
+
+    def log(self, line, steps):
+        """One line on the screen and one in log.jsonl."""
+        seconds = time.perf_counter() - self.started
+        pace = seconds / max(1, self.step - self.first_step)
+        left = (steps - self.step) * pace
+        if self.settings.minutes:
+            left = min(left, self.settings.minutes * 60 - seconds)
+        line = {key: float(value) for key, value in line.items()}
+        text = " ".join(f"{key} {value:.4g}" for key, value in line.items())
+        print(f"{self.stage} {self.step}/{steps} {text} {pace:.2f} s/step, {left / 60:.0f} min left",
+              flush=True)
+        self.write_log({"stage": self.stage, "step": self.step, **line, "seconds": seconds,
+                        "seconds_per_step": pace})
+
+    def write_log(self, record):
+        with open(self.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    @torch.no_grad()
+    def validate(self):
+        """A fixed-seed held-out sample with the averaged weights, as val_STAGE_STEP.png and a line."""
+        averaged = build_models(self.models.config).to(self.device)
+        for name, network in averaged.networks.items():
+            network.load_state_dict(self.average[name])
+            network.eval()
+        split = "val" if self.settings.data == "synthetic" else "all"
+        dataset = make_dataset(self.settings, self.recipe, split)
+        batch = default_collate([dataset[i] for i in range(min(2, len(dataset)))])
+        batch = to_device(batch, self.device)
+        with self.autocast:
+            video = self.validation_video(averaged, batch)
+        moving = moving_psnr(video, batch["video"]), moving_psnr(batch["video"][:, :, :, :1].expand_as(
+            video), batch["video"])
+        rows = [film_strip(clip[0, view]) for view in range(video.shape[1])
+                for clip in (batch["video"], video)]
+        name = f"val_{self.stage}_{self.step}.png"
+        iio.imwrite(self.out / name, torch.cat(rows).cpu().numpy())
+        print(f"  {name}: {moving[0]:.2f} dB in moving pixels (first frame repeated {moving[1]:.2f})",
+              flush=True)
+        self.write_log({"stage": self.stage, "step": self.step, "moving_psnr": moving[0],
+                        "baseline_psnr": moving[1]})
+
+    def validation_video(self, models, batch):
+        """(B,V,3,N,H,W): the VAE's round trip, or a sample of 10 steps."""
+        if self.stage == "vae":
+            return models.vae.reconstruct(models.vae.moments(fold(batch["video"]))[0]).float() \
+                .unflatten(0, batch["video"].shape[:2]).clamp(-1, 1)
+        given = torch.ones(batch["video"].shape[:2], dtype=torch.bool, device=self.device)
+        cameras = batch["intrinsics"], batch["extrinsics"]
+        for state in sample(models, batch["video"][:, :, :, 0], given, batch["prompt"], cameras,
+                            self.recipe["frames"], steps=10, num_tracks=self.recipe["tracks"],
+                            use_dpa=self.stage == "joint"):
+            pass
+        return state.video()
+
+    def finish_stage(self):
+        """Checkpoint, loss curve, peak memory; a finished stage hands its average on."""
+        if not self.interrupted:
+            for name in self.names:
+                self.models.networks[name].load_state_dict(self.average[name])
+        self.save()
+        plot_losses(self.out)
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated() / 2 ** 30
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+        print(f"{self.stage}: stopped at step {self.step}, peak memory {peak:.1f} GiB, "
+              f"weights in {self.out}/weights.pt", flush=True)
+
+
+# ----------------------------------------------------------------------------------- small parts
+
+def make_recipe(settings):
+    """The preset's recipe with --size in place."""
+    recipe = dict(RECIPES[settings.preset])
+    if settings.size:
+        try:
+            height, width = map(int, settings.size.lower().split("x"))
+        except ValueError:
+            raise ValueError(f"--size: expected HxW like 64x96, got {settings.size!r}") from None
+        recipe["size"] = (height, width)
+    return recipe
+
+
+def make_config(preset, recipe):
+    """What a checkpoint must know to build its networks and to sample: plain numbers and strings."""
+    shape = {key: recipe[key] for key in ("frames", "views", "tracks")}
+    return dict(preset=preset, size=list(recipe["size"]), **shape, vae=PRESETS[preset]["vae"],
+                mjd=PRESETS[preset]["mjd"], dpa=recipe["dpa"])
+
+
+def write_atomically(path, state):
+    """torch.save under a temporary name, flushed, then renamed: a file is old or new, never half."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"could not write {path} ({error}): free some space or give another --out; "
+                         "the file from before is untouched") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def plot_losses(folder):
+    """log.jsonl -> loss.png: every loss part against the step, a panel a stage."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    records = [json.loads(line) for line in open(folder / "log.jsonl")]
+    stages = [stage for stage in STAGES if any(r["stage"] == stage for r in records)]
+    figure, axes = plt.subplots(1, len(stages), figsize=(5 * len(stages), 3.5), squeeze=False,
+                                layout="constrained")
+    ignored = {"stage", "step", "gradient", "rate", "seconds", "seconds_per_step", "baseline_psnr",
+               "moving_psnr"}
+    for axis, stage in zip(axes[0], stages):
+        mine = [r for r in records if r["stage"] == stage]
+        for key in dict.fromkeys(key for r in mine for key in r if key not in ignored):
+            points = [(r["step"], r[key]) for r in mine if key in r]
+            axis.plot(*zip(*points), label=key)
+        axis.set(title=stage, xlabel="step", yscale="log")
+        axis.legend()
+    figure.savefig(folder / "loss.png", dpi=100)
+    plt.close(figure)
+
+
+def main(arguments=None):
+    """Runs the stages; returns the exit code."""
+    try:
+        settings = parse(arguments)
+        trainer = Trainer(settings)
+
+        def stop(*_):
+            trainer.stopping = trainer.interrupted = True
+            print("stopping after this step ...", flush=True)
+
+        signal.signal(signal.SIGINT, stop)
+        stages = STAGES if settings.stage == "all" else (settings.stage,)
+        if settings.resume and trainer.state["stage"] in stages:
+            stages = stages[stages.index(trainer.state["stage"]):]
+        for stage in stages:
+            trainer.stopping = False
+            trainer.run(stage)
+            if trainer.interrupted:
+                print(f"saved; go on with: python train.py {' '.join(sys.argv[1:])} --resume")
+                return 0
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
