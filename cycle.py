@@ -464,10 +464,11 @@ class MotionPredictor:
 
 def restart_slots(scheduler, points, slots, coarse, noise, t, dpa):
     """M_t of slots that follow another anchor than at the step before starts anew from the coarse
-    track, at noise level t; points and noise (B,V,N,K,3), anchors (B,V,K,2) or None at the start."""
-    if anchors is None:
+    track, at noise level t; points and noise (B,V,N,K,3), slots: the anchors (B,V,K,2) of that step,
+    None at the start."""
+    if slots is None:
         return points
-    moved = (anchors != coarse.anchors).any(-1)[:, :, None, :, None]
+    moved = (slots != coarse.anchors).any(-1)[:, :, None, :, None]
     clean = dpa.normalise(torch.where(coarse.valid[..., None], coarse.tracks, dpa.scene_centre))
     return torch.where(moved, scheduler.add_noise(clean, noise, t), points)
 

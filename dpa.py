@@ -1,4 +1,4 @@
-"""DPA, the diffusion points aligner (Sec. 3.4, Eq. 4): a flow-matching model on the points themselves.
+"""DPA, the diffusion points aligner (Sec. 3.4, Eq. 4): flow matching on the points themselves.
 
 The pseudo videos come from a video VAE that never saw geometry, so the tracks unprojected from
 them disagree between the views. The DPA takes these coarse tracks as its condition and noisy
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-from mjd import attention, rms_norm, timestep_embedding
+from mjd import attention, rms_norm, timestep_embedding, zero_init
 
 VOXEL_BITS = 14    # 2^14 voxels an axis: 327 m of 2 cm voxels; 3 x 14 leave 21 bits for the group
 CURVE_BITS = 20    # the curve runs over cells 32 times finer than voxels, so that ties are rare
@@ -48,8 +48,8 @@ def morton_code(ijk, bits=10):
     axis. With x and y swapped it is the "trans" curve of Point Transformer V3 (Sec. 3.4).
     """
     if ijk.shape[-1] != 3 or ijk.is_floating_point() or not 0 < bits <= 21:
-        raise ValueError(f"expected integer cells (..., 3) and 1 to 21 bits, got "
-                         f"{tuple(ijk.shape)} {ijk.dtype} and {bits}; floor the points first")
+        raise ValueError(f"expected integers (..., 3) and 1 to 21 bits, got {tuple(ijk.shape)} "
+                         f"{ijk.dtype} and {bits}: floor the points to cells first")
     bit = torch.arange(bits, device=ijk.device)[:, None]
     axis = torch.arange(3, device=ijk.device)
     set_bits = (ijk.long()[..., None, :] >> bit) & 1                         # (..., bits, 3)
@@ -76,7 +76,7 @@ def voxelize(points, voxel_size):
     if points.ndim != 3 or points.shape[-1] != 3:
         raise ValueError(f"expected points (G, P, 3), got {tuple(points.shape)}; "
                          "flatten batch and frames to groups, views and tracks to points")
-    keys = torch.arange(len(points), device=points.device)[:, None]          # the group, then x, y, z
+    keys = torch.arange(len(points), device=points.device)[:, None]          # group, then x, y, z
     for cell in grid_cells(points, voxel_size, VOXEL_BITS).unbind(-1):
         keys = keys << VOXEL_BITS | cell
     return torch.unique(keys, return_inverse=True, return_counts=True)
@@ -188,7 +188,7 @@ def fill_invalid(coarse, valid):
 
 
 def gaussian_prior(noisy, coarse, std, t):
-    """The skip connection: M given M_t if M ~ N(coarse, std²), which is Gaussian too.
+    """The skip connection: M given M_t if M ~ N(coarse, std²) and M_t = (1-t) M + t eps.
 
     noisy, coarse (B,V,N,K,3) normalised, std (B,V,N,K,1), t (B,). Returns the posterior mean's
     - shift from coarse in units of std: all that M_t tells, which fades to 0 at t = 1;
@@ -206,13 +206,6 @@ def gaussian_prior(noisy, coarse, std, t):
 
 def modulate(x, shift, scale):
     return rms_norm(x) * (1 + scale) + shift
-
-
-def zero_linear(dim_in, dim_out):
-    layer = nn.Linear(dim_in, dim_out)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 def fourier(x, octaves):
@@ -269,7 +262,7 @@ class Block(nn.Module):
         self.patches = Attention(dim, heads)
         self.tracks = Attention(dim, heads)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU("tanh"), nn.Linear(4 * dim, dim))
-        self.modulation = zero_linear(dim, 10 * dim)
+        self.modulation = zero_init(nn.Linear(dim, 10 * dim))
 
     def forward(self, x, time, coarse, valid, layout, curve):
         """x (B,N,V,K,D), time (B,1,1,1,D), coarse (BVK,N,D), valid (BVK,1,1,N) -> shape of x."""
@@ -317,8 +310,8 @@ class DPA(nn.Module):
         self.embed_time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(),
                                         nn.Linear(dim, dim), nn.SiLU())
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
-        self.modulation = zero_linear(dim, 2 * dim)
-        self.head = zero_linear(dim, 4)   # zeros: an untrained DPA returns the Gaussian prior
+        self.modulation = zero_init(nn.Linear(dim, 2 * dim))
+        self.head = zero_init(nn.Linear(dim, 4))   # untrained, it returns the Gaussian prior
 
     def normalise(self, points):
         """World points (..., 3) in metres -> centred on the scene, divided by its radius."""
@@ -335,7 +328,7 @@ class DPA(nn.Module):
         where valid (B,V,N,K) bool is False; t (B,) in [0,1]; anchors (B,V,K,2) in [0,1] of the
         image; camera_centres (B,V,3) world, metres. Returns (B,V,N,K,3) float32, normalised.
         """
-        check_shapes(noisy, coarse=coarse, t=t, valid=valid, anchors=anchors,
+        check_shapes(valid, noisy=noisy, coarse=coarse, t=t, anchors=anchors,
                      camera_centres=camera_centres)
         coarse, std = fill_invalid(self.normalise(coarse), valid)
         shift, velocity, gain = gaussian_prior(noisy.float(), coarse, std, t)
@@ -373,55 +366,51 @@ class DPA(nn.Module):
         return rearrange(x, "b frame view track channel -> b view frame track channel")
 
 
-def check_shapes(noisy, **arguments):
+def check_shapes(valid, **arguments):
     """ValueError unless the arguments of DPA.forward fit together."""
-    if noisy.ndim != 5 or noisy.shape[-1] != 3 or arguments["valid"].dtype != torch.bool:
-        raise ValueError(f"expected noisy (B, V, N, K, 3) and valid of dtype bool, got "
-                         f"{tuple(noisy.shape)} and {arguments['valid'].dtype}")
-    batch, views, frames, tracks, _ = noisy.shape
-    expected = dict(coarse=(batch, views, frames, tracks, 3), t=(batch,),
-                    valid=(batch, views, frames, tracks), anchors=(batch, views, tracks, 2),
-                    camera_centres=(batch, views, 3))
-    for name, given in arguments.items():
-        if tuple(given.shape) != expected[name]:
-            raise ValueError(f"{name}: expected {expected[name]} with noisy {tuple(noisy.shape)}, "
-                             f"got {tuple(given.shape)}")
+    slots = tuple(valid.shape)
+    if len(slots) != 4 or valid.dtype != torch.bool:
+        raise ValueError(f"expected valid (B, V, N, K) bool, got {slots} {valid.dtype}")
+    expected = dict(noisy=(*slots, 3), coarse=(*slots, 3), t=slots[:1],
+                    anchors=(*slots[:2], slots[3], 2), camera_centres=(*slots[:2], 3))
+    for name, shape in expected.items():
+        if tuple(arguments[name].shape) != shape:
+            raise ValueError(f"{name}: expected {shape} to go with valid {slots}, "
+                             f"got {tuple(arguments[name].shape)}")
 
 
 # ---------------------------------------------------------------- lesson
 
-def toy_scenes(count, views=3, frames=4, tracks=64):
-    """Moving ellipsoids (a palm, five fingers) and what three cameras make of them.
+def toy_scenes(count, frames=4, tracks=64):
+    """Drifting ellipsoids (a palm, five fingers) and what three cameras make of them.
 
     Returns the DPA's arguments and `truth` (B,V,N,K,3) in metres. The coarse tracks err as real
     ones do: along the ray by one offset a view (a wrong depth scale) and one a track, a little by
     frame, and 10 % are garbage, half of it marked invalid.
     """
+    azimuth = torch.tensor([-0.8, 0.0, 0.8]) + 0.3 * torch.rand(count, 1)
+    eyes = torch.stack([azimuth.sin() / 2, -azimuth.cos() / 2, 0 * azimuth + 0.3], -1)
+    right = torch.stack([azimuth.cos(), azimuth.sin(), 0 * azimuth], -1)
+    eye, right = eyes[:, :, None, None], right[:, :, None]                   # (B, V, 1, 1, 3)
+
     centres = torch.tensor([[0, 0, 0]] + [[.07, .022 * i - .044, .01 * i] for i in range(5)])
     radii = torch.tensor([[.05, .045, .02]] + [[.045, .011, .011]] * 5)
-    pose = torch.linalg.qr(torch.randn(count, 3, 3)).Q     # of left hands and of right ones
-    part = torch.randint(6, (count, 4 * tracks))
-    normal = F.normalize(torch.randn(count, 4 * tracks, 3), dim=-1)
-    surface, normal = (centres[part] + normal * radii[part]) @ pose, normal @ pose
+    pose = torch.linalg.qr(torch.randn(count, 1, 1, 3, 3)).Q   # of right hands and of left ones
+    part = torch.randint(6, (count, 3, 1, tracks))
+    normal = F.normalize(torch.randn(count, 3, 1, tracks, 3), dim=-1)
+    normal = normal * ((normal @ pose) * eye).sum(-1, keepdim=True).sign()   # faces its camera
+    drift = torch.arange(frames)[:, None, None] * 0.02 * torch.randn(count, 1, 1, 1, 3)
+    truth = (centres[part] + normal * radii[part]) @ pose + drift
+    truth = truth + 0.03 * torch.randn(count, 1, 1, 1, 3)
 
-    azimuth = torch.tensor([-0.8, 0.0, 0.8]) + 0.3 * torch.rand(count, 1)
-    right = torch.stack([azimuth.cos(), azimuth.sin(), 0 * azimuth], -1)     # (B, V, 3)
-    eyes = torch.stack([azimuth.sin() / 2, -azimuth.cos() / 2, 0.3 + 0 * azimuth], -1)
-    facing = (eyes @ normal.mT > 0) + torch.rand(count, views, 4 * tracks)
-    chosen = repeat(facing.topk(tracks).indices, "b view track -> b (view track) xyz", xyz=3)
-    seen = surface.gather(1, chosen).unflatten(1, (views, 1, tracks))        # (B, V, 1, K, 3)
-    path = torch.linspace(0, 1, frames)[:, None, None] * 0.05 * torch.randn(count, 1, 1, 1, 3)
-    truth = seen + path + 0.03 * torch.randn(count, 1, 1, 1, 3)
-
-    ray = F.normalize(truth - eyes[:, :, None, None], dim=-1)
-    wrong_depth = (0.02 * torch.randn(count, views, 1, 1, 1)
-                   + 0.015 * torch.randn(count, views, 1, tracks, 1))
-    coarse = truth + ray * wrong_depth + 0.003 * torch.randn_like(truth)
+    ray = F.normalize(truth - eye, dim=-1)
+    depth_error = torch.randn(count, 3, 1, 1, 1) + torch.randn(count, 3, 1, tracks, 1)
+    coarse = truth + 0.02 * ray * depth_error + 0.003 * torch.randn_like(truth)
     garbage = torch.rand(truth.shape[:-1]) < 0.1
     coarse = torch.where(garbage[..., None], 0.1 * torch.randn_like(truth), coarse)
     valid = ~garbage | (torch.rand(garbage.shape) < 0.5)
-    across = torch.einsum("bvkx,bvx->bvk", ray[:, :, 0], right)
-    anchors = torch.stack([across + 0.5, ray[:, :, 0, :, 2] + 1], -1)        # frame 0's picture
+    first = ray[:, :, 0]                                                     # (B, V, K, 3)
+    anchors = torch.stack([(first * right).sum(-1) + 0.5, first[..., 2] + 1], -1)
     return dict(truth=truth, coarse=coarse, valid=valid, anchors=anchors, camera_centres=eyes)
 
 
@@ -442,42 +431,29 @@ def error_cm(points, truth):
 
 
 def draw(truth, coarse, aligned, curve, path):
-    """From above: the curve through one time step; coarse and aligned points beside the true."""
-    import matplotlib
-    matplotlib.use("Agg")
+    """From above, points (V, K, 3): the curve through all; coarse and aligned beside the true."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(15, 5.5), layout="constrained", sharex=True, sharey=True)
-    along = 100 * truth.flatten(0, 1)[curve.rank.argsort()]
-    axes[0].plot(along[:, 0], along[:, 1], color="0.75", linewidth=0.8)
-    axes[0].scatter(along[:, 0], along[:, 1], c=torch.arange(len(along)) // 48, cmap="turbo", s=14)
-    axes[0].set_title("z-order curve through all views' points, one colour a patch")
+    figure, axes = plt.subplots(1, 3, figsize=(15, 5.5), layout="constrained", sharex=True,
+                                sharey=True)
+    x, y, _ = 100 * truth.flatten(0, 1)[curve.rank.argsort()].T
+    axes[0].plot(x, y, color="0.75", linewidth=0.8)
+    axes[0].scatter(x, y, c=torch.arange(len(x)) // 48, cmap="turbo", s=14)
+    axes[0].set(xlim=(x.min() - 5, x.max() + 5), ylim=(y.min() - 5, y.max() + 5), xlabel="x [cm]",
+                ylabel="y [cm]", title="z-order curve through all views, one colour a patch")
     for axis, points, name in zip(axes[1:], (coarse, aligned), ("coarse", "aligned")):
-        axis.set_title(f"{name} points of three views, lines to the truth: "
-                       f"{error_cm(points, truth):.2f} cm")
+        axis.set_title(f"{name}, lines to the truth: {error_cm(points, truth):.2f} cm")
         for view, true, colour in zip(points, truth, ("tab:red", "tab:green", "tab:blue")):
-            lines = 100 * torch.stack([view, true])
-            axis.plot(lines[..., 0], lines[..., 1], color=colour, linewidth=0.5)
-            axis.scatter(*lines[0, :, :2].T, color=colour, s=8)
-    low, high = along.amin(0) - 5, along.amax(0) + 5
-    axes[0].set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), xlabel="x [cm]", ylabel="y [cm]")
+            x, y, _ = (100 * torch.stack([view, true])).unbind(-1)
+            axis.plot(x, y, color=colour, linewidth=0.5)
+            axis.scatter(x[0], y[0], color=colour, s=8)
     figure.savefig(path, dpi=80)
+    plt.close(figure)
 
 
-def lesson(steps=150, batch=5):
-    """Trains a tiny DPA on toy scenes; measures and draws the tracks of new ones."""
-    torch.manual_seed(0)
-    dpa, test, start = DPA(dim=64, depth=2, patch=48), toy_scenes(64), time.time()
-    points = rearrange(test["coarse"], "b view frame k xyz -> (b frame) (view k) xyz")
-    layout = build_layout(points, dpa.voxel_size, dpa.patch)
-    neighbours = (layout.neighbours >= 0).float().sum(1).mean()
-    print(f"coarse tracks (B,V,N,K,3)  {tuple(test['coarse'].shape)}")
-    print(f"points -> 2 cm voxels      {len(layout.voxel)} -> {len(layout.counts)}, of whose 3x3x3 "
-          f"neighbours {neighbours:.1f} are occupied")
-    print(f"patches (G patches, patch) {tuple(layout.curves[0].filled.squeeze().shape)}")
-    print(f"parameters                 {sum(p.numel() for p in dpa.parameters()):,}")
-
-    optimizer = torch.optim.AdamW(dpa.parameters())
+def train_toy(dpa, steps=150, batch=5):
+    """Minimises L_DPA on toy scenes that are never repeated; t is uniform as in Alg. 1."""
+    start, optimizer = time.time(), torch.optim.AdamW(dpa.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, steps, pct_start=0.1)
     for step in range(steps):
         loss, _ = flow_loss(dpa, t=torch.rand(batch), **toy_scenes(batch))
@@ -489,8 +465,21 @@ def lesson(steps=150, batch=5):
         if step % 30 == 0 or step == steps - 1:
             print(f"step {step:4d}  loss {loss.item():.3f}  {time.time() - start:.1f} s")
 
-    filled, _ = fill_invalid(dpa.normalise(test["coarse"]), test["valid"])
-    coarse = dpa.denormalise(filled)
+
+def lesson():
+    """Trains a tiny DPA on toy scenes; measures and draws the tracks of new ones."""
+    torch.manual_seed(0)
+    dpa, test = DPA(dim=64, depth=2, patch=48), toy_scenes(64)
+    points = rearrange(test["coarse"], "b view frame k xyz -> (b frame) (view k) xyz")
+    layout = build_layout(points, dpa.voxel_size, dpa.patch)
+    print(f"coarse tracks (B,V,N,K,3)  {tuple(test['coarse'].shape)}")
+    print(f"points -> voxels of 2 cm   {len(layout.voxel)} -> {len(layout.counts)}, of the 27 around"
+          f" one {(layout.neighbours >= 0).sum(1).float().mean():.1f} are occupied")
+    print(f"patches (G patches, patch) {tuple(layout.curves[0].filled.squeeze().shape)}")
+    print(f"parameters                 {sum(p.numel() for p in dpa.parameters()):,}")
+    train_toy(dpa)
+
+    coarse = dpa.denormalise(fill_invalid(dpa.normalise(test["coarse"]), test["valid"])[0])
     print(f"error of new scenes: coarse tracks {error_cm(coarse, test['truth']):.2f} cm")
     for t in (0.25, 0.5, 0.75, 1.0):
         with torch.no_grad():

@@ -99,6 +99,11 @@ def parse(arguments=None):
         else:
             parser.add_argument(flag, type=entry.type, default=entry.default,
                                 metavar=entry.name.upper(), **entry.metadata)
+
+    def refuse(message):                      # one sentence instead of argparse's usage
+        raise ValueError(message + ": see python train.py --help")
+
+    parser.error = refuse
     settings = Settings(**vars(parser.parse_args(arguments)))
     for name in ("steps", "batch", "rate", "minutes", "scenes", "workers", "sample_every"):
         if getattr(settings, name) < 0:
@@ -251,8 +256,11 @@ class Trainer:
         self.out.mkdir(parents=True, exist_ok=True)
         self.stopping = self.interrupted = False
         self.load()
-        bf16 = settings.precision == "bf16" or \
-            settings.precision == "auto" and bf16_is_faster(self.device)
+        bf16 = settings.precision == "bf16"
+        if settings.precision == "auto":      # measured once: a resumed run keeps to it
+            kept = self.state.get("bf16") if settings.resume else None
+            bf16 = bf16_is_faster(self.device) if kept is None else kept
+        self.bf16 = bf16
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
         self.announce(bf16)
         self.models.mjd.checkpointing = settings.checkpointing
@@ -316,7 +324,7 @@ class Trainer:
         networks = {name: network.state_dict() for name, network in self.models.networks.items()}
         write_atomically(self.out / "checkpoint.pt", networks | dict(
             config=self.models.config, average=self.average, optimiser=self.optimiser.state_dict(),
-            stage=self.stage, step=self.step, generator=self.generator.get_state()))
+            stage=self.stage, step=self.step, bf16=self.bf16, generator=self.generator.get_state()))
         half = {name: {k: v.bfloat16() if name != "vae" or v.ndim > 1 else v for k, v in s.items()}
                 for name, s in self.average.items()}
         write_atomically(self.out / "weights.pt", half | dict(config=self.models.config))
@@ -331,8 +339,8 @@ class Trainer:
             return print(f"{stage}: already at step {self.step} of {steps}")
         dataset = make_dataset(self.settings, self.recipe, "train")
         count = self.settings.batch or self.recipe["batch"]
+        self.first_batch(stage, batches(self.settings, dataset, count, 0, self.device))
         stream = batches(self.settings, dataset, count, self.step * count, self.device)
-        self.first_batch(stage, stream)
         self.started, self.first_step = time.perf_counter(), self.step
         while self.step < steps and not self.stopping:
             progress = self.progress(steps)
@@ -389,9 +397,11 @@ class Trainer:
         """Stops before the step that would spoil the weights."""
         bad = [key for key, value in parts.items() if not torch.isfinite(value)]
         if bad or not torch.isfinite(norm):
-            raise ValueError(f"{self.stage} step {self.step}: the loss part {bad or 'gradient'} is not "
-                             f"finite (gradient norm {norm:.3g}): the last good state is in "
-                             f"{self.out}/checkpoint.pt; resume with a lower --rate")
+            path = self.out / "checkpoint.pt"
+            kept = f"the last good state is in {path}, resume" if path.exists() else "start again"
+            raise ValueError(f"{self.stage} step {self.step}: expected finite losses, got "
+                             f"{', '.join(bad) or 'the gradient'} = nan or inf (gradient norm "
+                             f"{norm:.3g}); {kept} with a lower --rate")
 
     @torch.no_grad()
     def update_average(self, decay=0.999):

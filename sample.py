@@ -1,0 +1,635 @@
+"""Sampling: from one picture and a prompt to synchronized videos, motion and metric 4D tracks.
+
+    python sample.py --ref assets/ref.png                       # one picture: the centre view
+    python sample.py --ref left.png centre.png right.png --prompt "<knife, cut, box>" --seed 3
+    python sample.py --print-cameras > rig.json                 # edit it, then: --cameras rig.json
+    python sample.py --eval --json eval.json                    # the tables of the README
+
+Into --out it writes video_view*.mp4, motion_view*.mp4 (the motion pseudo videos), tracks.npz (tracks
+(V,N,K,3) metres, world; valid; anchors, pixels; cameras), overview.png and overview.gif. Same seed,
+same files. All sizes come from the checkpoint; symbols, units and frames are those of data.py.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections import defaultdict
+from itertools import permutations
+from pathlib import Path
+from types import SimpleNamespace
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from mpl_toolkits.mplot3d.art3d import Line3DCollection
+from torch.utils.data import default_collate
+
+from cycle import bf16_is_faster, decode, encode, fold, load_models, read_tracks, sample
+from data import (FOREGROUND_THRESHOLD, SyntheticHOI, anchor_colours, camera_centres, film_strip,
+                  nominal_rig, project, unproject)
+from dpa import chamfer_distance
+
+FPS, WEIGHTS = 8, Path(__file__).parent / "weights"
+VIEW_NAMES = ("left", "centre", "right")
+
+
+def parse(arguments=None):
+    """Command line -> settings, checked; ValueError says what was expected."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--ref", nargs="+", metavar="IMG", help="one picture (the centre view), or one a view")
+    add("--prompt", default="<spatula, scrape off, plate>", help="<tool, action, target>, or any text")
+    add("--cameras", metavar="JSON", help="rig to film with, in the format of --print-cameras")
+    add("--print-cameras", action="store_true", help="print the default rig as JSON and stop")
+    add("--preset", default="small", help="shorthand for the shipped weights/PRESET.pt")
+    add("--weights", metavar="FILE", help="any checkpoint of train.py, instead of --preset")
+    add("--out", type=Path, default=Path("out/sample"), help="folder to write into")
+    add("--steps", type=int, help="denoising steps, by default 25, or 10 with --eval")
+    add("--seed", type=int, default=0, help="of the noise")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    add("--text-scale", type=float, default=1.0, help="guidance on the text, 1 = off")
+    add("--cycle-every", type=int, default=1, help="steps between rounds of the loop")
+    add("--no-cycle", action="store_true", help="no loop: aligned tracks do not guide the video")
+    add("--no-dpa", action="store_true", help="no aligner, hence no loop: the coarse tracks")
+    add("--eval", action="store_true", help="measure on held-out synthetic scenes, print the tables")
+    add("--split", choices=("val", "unseen", "both"), default="both", help="scenes of --eval")
+    add("--scenes", type=int, default=48, help="scenes of --eval, a split")
+    add("--json", type=Path, metavar="FILE", help="where --eval writes its tables")
+    settings = parser.parse_args(arguments)
+    settings.steps = (10 if settings.eval else 25) if settings.steps is None else settings.steps
+    for fine, flag, expected in (
+            (settings.ref or settings.eval or settings.print_cameras, "ref", "an image file"),
+            (settings.prompt.strip(), "prompt", "some words like '<spoon, stir, bowl>'"),
+            (settings.steps >= 1, "steps", "1 or more"),
+            (0 <= settings.seed < 2 ** 63, "seed", "0 or more, under 2^63"),
+            (0 <= settings.text_scale < math.inf, "text_scale", "0 or more"),
+            (settings.cycle_every >= 1, "cycle_every", "1 or more"),
+            (1 <= settings.scenes <= 256, "scenes", "1 to 256"),
+            (settings.device != "cuda" or torch.cuda.is_available(), "device", "a GPU torch sees")):
+        if not fine:
+            raise ValueError(f"--{flag.replace('_', '-')}: expected {expected}, got "
+                             f"{getattr(settings, flag)!r}: see python sample.py --help")
+    return settings
+
+
+def load(settings):
+    """The networks of --preset or --weights on their device; ValueError says why they are refused."""
+    path = Path(settings.weights or WEIGHTS / f"{settings.preset}.pt")
+    if not settings.weights and not path.is_file():
+        known = ", ".join(sorted(file.stem for file in WEIGHTS.glob("*.pt"))) or "none yet"
+        raise ValueError(f"--preset: expected one whose weights are shipped ({known}), got "
+                         f"{settings.preset!r}: choose one or give a file by --weights")
+    cuda = torch.cuda.is_available() and settings.device != "cpu"
+    try:
+        models = load_models(path, "cuda" if cuda else "cpu")
+        views, frames, tracks, size = (models.config[k] for k in ("views", "frames", "tracks", "size"))
+        nominal_rig(views, size), range(tracks), models.vae.latent_size(frames, *size)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(f"expected a checkpoint of train.py in {path}, but its settings make no "
+                         f"networks ({first_line(error)}): train or copy it again") from None
+    return models
+
+
+def first_line(error):
+    """What an exception says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+
+
+# ------------------------------------------------------------------------------- pictures, cameras
+
+def read_picture(path, size):
+    """An image file of any kind as (3,H,W) in [-1,1]: first frame, upright, fitted to size (H,W)."""
+    if not Path(path).is_file():
+        found = "a folder" if Path(path).is_dir() else "nothing"
+        raise ValueError(f"--ref: expected an image file at {path!r}, found {found}: check the path")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                        # of Pillow, about large pictures
+            with iio.imopen(Path(path), "r") as file:
+                options = {}
+                if type(file).__name__ == "PillowPlugin":          # RGBA would cut 16 bits to 8
+                    deep = file.properties(index=0).dtype.itemsize > 1
+                    options = dict(rotate=True, mode=None if deep else "RGBA")
+                return 2 * fit(np.atleast_3d(file.read(index=0, **options)), size) - 1
+    except Exception as error:                                     # plugins raise what they like
+        raise ValueError(f"--ref: expected an image in {path}, could not read one "
+                         f"({first_line(error)}): convert it to PNG or JPEG") from None
+
+
+def fit(pixels, size):
+    """Pixels (h,w,1..4) -> (3,H,W) in [0,1]: on white, centre-cropped to the aspect, area-resized."""
+    if pixels.ndim != 3 or pixels.shape[2] > 4:
+        raise ValueError(f"expected pixels (h,w,1..4), got {pixels.shape}")
+    step = max(1, min(pixels.shape[0] // size[0], pixels.shape[1] // size[1]) // 8)
+    whole = {"b1": 1, "u1": 255, "f4": 1, "f8": 1}.get(pixels.dtype.str[1:], 65535)
+    picture = torch.tensor(pixels[::step, ::step].astype(np.float32) / whole).nan_to_num().clamp(0, 1)
+    if picture.shape[2] in (2, 4):
+        picture = picture[..., :-1] * picture[..., -1:] + 1 - picture[..., -1:]
+    picture = rearrange(picture.expand(-1, -1, 3), "h w c -> 1 c h w")
+    scale = min(picture.shape[2] / size[0], picture.shape[3] / size[1])
+    height, width = (max(1, round(scale * side)) for side in size)
+    top, left = (picture.shape[2] - height) // 2, (picture.shape[3] - width) // 2
+    part = picture[:, :, top:top + height, left:left + width]
+    return F.interpolate(part, size, mode="bilinear", antialias=True)[0].clamp(0, 1)
+
+
+def rig_as_json(intrinsics, extrinsics, size):
+    """The format of --cameras: picture size, and a name, intrinsics, extrinsics a view."""
+    views = [dict(name=VIEW_NAMES[v % 3], intrinsics=intrinsics[v].tolist(),
+                  extrinsics=extrinsics[v].tolist()) for v in range(len(intrinsics))]
+    return json.dumps(dict(size=list(size), views=views), indent=1)
+
+
+def read_rig(path, size):
+    """A JSON rig -> intrinsics (V,3,3) in pixels of size (H,W), extrinsics (V,4,4), names."""
+    try:
+        rig = json.loads(Path(path).read_text())
+        names = [str(view.get("name", index)) for index, view in enumerate(rig["views"])]
+        intrinsics, extrinsics = (torch.tensor([view[key] for view in rig["views"]]).float()
+                                  for key in ("intrinsics", "extrinsics"))
+        intrinsics[:, :2] *= torch.tensor([size[1] / rig["size"][1], size[0] / rig["size"][0]])[:, None]
+        rotation = extrinsics[:, :3, :3]
+        wrong = [name for name, fine in {
+            "the matrices are not (V,3,3) and (V,4,4)":
+                intrinsics[0].shape == (3, 3) and extrinsics[0].shape == (4, 4),
+            "a number is not finite": intrinsics.isfinite().all() and extrinsics.isfinite().all(),
+            "a focal length is not positive": (intrinsics[:, [0, 1], [0, 1]] > 0).all(),
+            "a rotation is none": (torch.linalg.det(rotation) > 0).all()
+                and ((rotation @ rotation.mT - torch.eye(3)).abs() < 1e-3).all(),
+            "a last row is not 0 0 1 or 0 0 0 1": (intrinsics[:, 2] == torch.eye(3)[2]).all()
+                and (extrinsics[:, 3] == torch.eye(4)[3]).all()}.items() if not fine]
+    except (OSError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
+            ValueError) as error:
+        wrong = [f"{type(error).__name__}: {first_line(error)}"]
+    if wrong:
+        raise ValueError(f"--cameras: expected a rig as --print-cameras prints it, got {path} "
+                         f"({wrong[0]}): print one and edit it")
+    return intrinsics, extrinsics, names
+
+
+# -------------------------------------------------------------------------------------- generation
+
+def generate(models, settings):
+    """The closed loop (Sec. 3.5) on the user's pictures. A namespace of CPU tensors: video (V,3,N,H,W)
+    in [-1,1], pseudo in [0,1], tracks (V,N,K,3) metres, world, valid (V,N,K), anchors (V,K,2) pixels,
+    scale (V,2) metres, cameras; and names and given of the views, prompt, size."""
+    config, size = models.config, tuple(models.config["size"])
+    if settings.cameras:
+        *cameras, names = read_rig(settings.cameras, size)
+    else:
+        cameras = nominal_rig(config["views"], size)
+        names = [VIEW_NAMES[view % 3] for view in range(config["views"])]
+    views, count = len(names), len(settings.ref)
+    if count not in (1, views):
+        raise ValueError(f"--ref: expected 1 picture (the centre view) or {views} (one a view, left to "
+                         f"right), got {count}")
+    reference, given = torch.zeros(1, views, 3, *size), torch.zeros(1, views, dtype=torch.bool)
+    for view, path in enumerate(settings.ref, start=views // 2 if count == 1 else 0):
+        reference[0, view], given[0, view] = read_picture(path, size), True
+    device, start = models.device, time.perf_counter()
+    for state in sample(models, reference.to(device), given.to(device), [settings.prompt],
+                        [camera[None].to(device) for camera in cameras], config["frames"],
+                        settings.steps, settings.text_scale, config["tracks"],
+                        cycle=not settings.no_cycle, use_dpa=not settings.no_dpa,
+                        cycle_every=settings.cycle_every, seed=settings.seed):
+        if state.step % 5 == 0 or state.step in (1, settings.steps):
+            print(f"step {state.step}/{settings.steps}: {time.perf_counter() - start:.1f} s", flush=True)
+    found = dict(video=state.video(), tracks=state.tracks)
+    found |= {key: getattr(state.coarse, key) for key in ("pseudo", "valid", "anchors", "scale")}
+    return SimpleNamespace(**{key: value[0].cpu() for key, value in found.items()}, names=names,
+                           given=given[0].tolist(), prompt=settings.prompt, size=size,
+                           intrinsics=cameras[0], extrinsics=cameras[1])
+
+
+def write_results(result, out):
+    """All files into a hidden folder beside `out`, then each under its final name, whole."""
+    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        for name, clips in (("video", result.video), ("motion", 2 * result.pseudo - 1)):
+            for view, clip in enumerate(clips):
+                iio.imwrite(draft / f"{name}_view{view}.mp4", enlarge(clip, 256), plugin="FFMPEG",
+                            fps=FPS, codec="libx264", quality=9, macro_block_size=2)
+        keys = ("tracks", "valid", "anchors", "intrinsics", "extrinsics", "scale")
+        np.savez(draft / "tracks.npz", fps=FPS, prompt=result.prompt,
+                 **{key: getattr(result, key).numpy() for key in keys})
+        overview(result, draft / "overview.png")
+        animation(result, draft / "overview.gif")
+        names = sorted(path.name for path in draft.iterdir())
+        for name in names:
+            os.replace(draft / name, out / name)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return names
+
+
+def enlarge(clip, height):
+    """A clip (3,N,H,W) in [-1,1] as frames (N,h,w,3) uint8, every pixel a block, h about `height`."""
+    factor = 2 * max(1, round(height / clip.shape[2] / 2))              # even, as codecs want it
+    frames = ((rearrange(clip, "c n h w -> n h w c").clamp(-1, 1) + 1) * 127.5).round().byte()
+    return frames.repeat_interleave(factor, 1).repeat_interleave(factor, 2).numpy()
+
+
+def overview(result, path, columns=7):
+    """overview.png: the video and the pseudo video of every view over time, and the tracks in 3D."""
+    views, _, frames, height, width = result.video.shape
+    columns = min(columns, frames)
+    tall = 22 * views / columns * height / width + 1.2                  # inches
+    figure = Figure(figsize=(17.5, tall))
+    figure.suptitle(result.prompt, fontsize=18, y=1 - 0.2 / tall)
+    left, right = figure.add_gridspec(1, 2, width_ratios=(11, 5.5), wspace=0.02, left=0.055, right=0.99,
+                                      top=1 - 0.85 / tall, bottom=0.2 / tall)
+    strips = left.subgridspec(2 * views, 1, hspace=0.03).subplots()
+    for index, axes in enumerate(strips):
+        view, motion = divmod(index, 2)
+        clip = 2 * result.pseudo[view] - 1 if motion else result.video[view]
+        axes.imshow(film_strip(clip, columns).numpy(), interpolation="nearest", aspect="auto")
+        origin = "given" if result.given[view] else "generated"
+        axes.set_ylabel("motion" if motion else f"{result.names[view]}\n{origin}", fontsize=11)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+        axes.vlines(np.arange(1, columns) * width - 0.5, -0.5, height - 0.5, color="white", lw=2)
+    times = [f"{n / FPS:.2f} s" for n in torch.linspace(0, frames - 1, columns).round()]
+    strips[0].set_xticks((np.arange(columns) + 0.5) * width, times)
+    strips[0].tick_params(labeltop=True, labelbottom=False, length=0)
+    axes = figure.add_subplot(right, projection="3d")
+    draw_tracks(axes, result, frames - 1, azimuth=-70, trail=frames)
+    axes.set_title("the same motion as metric 3D tracks, all views together, grid 5 cm;\na point has "
+                   "its colour in the motion videos", fontsize=11, y=0.97)
+    figure.savefig(path, dpi=110)
+
+
+def draw_tracks(axes, result, frame, azimuth, trail):
+    """Tracks of all views in `frame` and the `trail` frames before, over a grid on the table."""
+    axes.clear()
+    axes.set_axis_off()
+    kept = result.valid.float().mean(1) > 0.5                           # (V,K): read in most frames
+    kept = kept if kept.any() else torch.ones_like(kept)
+    paths = rearrange(result.tracks, "v n k c -> v k n c")[kept].numpy()                # (P,N,3)
+    depth = project(result.tracks[:, 0], result.intrinsics, result.extrinsics)[1]       # (V,K)
+    colours = anchor_colours(result.anchors, depth, result.scale[:, None], result.size)[kept].numpy()
+    middle, lines = np.median(paths, (0, 1)), np.linspace(-0.2, 0.2, 9)
+    grid = np.array([[(x, -0.2), (x, 0.2)] for x in lines] + [[(-0.2, x), (0.2, x)] for x in lines])
+    grid = np.pad(grid + middle[:2].round(2), ((0, 0), (0, 0), (0, 1)))
+    axes.add_collection3d(Line3DCollection(grid, colors="0.85", linewidths=0.6))
+    recent = paths[:, max(0, frame - trail):frame + 1]
+    axes.add_collection3d(Line3DCollection(recent, colors=colours, linewidths=0.7, alpha=0.6))
+    axes.scatter(*paths[:, frame].T, c=colours, s=7, depthshade=False, linewidths=0)
+    low, high = middle - 0.17, middle + 0.17
+    axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), zlim=(low[2], high[2]))
+    axes.set_box_aspect((1, 1, 1), zoom=1.45)
+    axes.view_init(28, azimuth)
+
+
+def animation(result, path):
+    """overview.gif: video and pseudo video of every view, beside the tracks, which sway slowly."""
+    pictures = np.concatenate([np.concatenate([enlarge(video, 128), enlarge(2 * pseudo - 1, 128)], 2)
+                               for video, pseudo in zip(result.video, result.pseudo)], 1)
+    frames, side = pictures.shape[:2]
+    canvas = FigureCanvasAgg(Figure(figsize=(side / 100, side / 100), dpi=100))
+    axes = canvas.figure.add_axes((0, 0, 1, 1), projection="3d")
+    count, drawn = frames * math.ceil(24 / frames), []
+    for index in range(count):
+        sway = math.sin(2 * math.pi * index / count)
+        draw_tracks(axes, result, index % frames, -70 + 25 * sway, trail=4)
+        canvas.draw()
+        panel = np.array(canvas.buffer_rgba())[..., :3]
+        drawn.append(np.concatenate([pictures[index % frames], panel], 1))
+    iio.imwrite(path, drawn, plugin="pillow", duration=1000 / FPS, loop=0)
+
+
+# ----------------------------------------------------------------------- metrics, each of one scene
+
+def moving_pixels(truth, threshold=0.1):
+    """(V,1,N,H,W) bool: true colours (V,3,N,H,W) that have left those of frame 0 by > threshold."""
+    return (truth - truth[:, :, :1]).abs().amax(1, keepdim=True) > threshold
+
+
+def psnr(video, truth, mask=None):
+    """10 log10(4 / mean squared error) in dB of videos (V,3,N,H,W) in [-1,1], over frames 1.. or
+    where mask (V,1,N,H,W) is True."""
+    error = (video - truth).square().mean(1, keepdim=True)
+    error = error[:, :, 1:] if mask is None else error[mask]
+    return -10 * math.log10(max(error.mean().item() / 4, 1e-10))
+
+
+def ssim(video, truth, mask=None):
+    """Mean of (2ab + c)(2 cov + d) / ((a^2 + b^2 + c)(var_a + var_b + d)), means a, b and variances
+    of 7 x 7 windows, c = .02^2, d = .06^2 (range 2); over frames 1.. or where mask is True."""
+    def local(x):
+        return F.avg_pool3d(x, (1, 7, 7), 1, (0, 3, 3), count_include_pad=False)
+    a, b = local(video), local(truth)
+    variances = local(video.square() + truth.square()) - a * a - b * b
+    value = (2 * a * b + .0004) * (2 * local(video * truth) - 2 * a * b + .0036) / (
+        (a * a + b * b + .0004) * (variances + .0036))
+    value = value.mean(1, keepdim=True)
+    return (value[:, :, 1:] if mask is None else value[mask]).mean().item()
+
+
+def patches(clip, side=7, stride=2, contrast=0.1):
+    """Patches of a clip (3,N,H,W): colours less the clip's mean, at length 1 (N,P,D); whether their
+    deviation is over `contrast` (N,P); centres uv (P,2)."""
+    frames = rearrange(clip - clip.mean((1, 2, 3), keepdim=True), "c n h w -> n c h w")
+    found = F.unfold(frames, side, stride=stride).mT                                    # (N,P,D)
+    rows, columns = (torch.arange(0, length - side + 1, stride, device=clip.device) + side / 2
+                     for length in clip.shape[2:])
+    uv = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1).flatten(0, 1)
+    return F.normalize(found, dim=-1), found.std(-1) > contrast, uv
+
+
+def matching_pixels(video, intrinsics, extrinsics, similarity=0.7, tolerance=1.5):
+    """Tab. 1 and 3: how many patches (7 x 7 colours, every 2 pixels) of two views at one time are
+    each other's nearest by cosine, with a cosine over 0.7, the one's centre within 1.5 pixels of
+    the other's epipolar line (x_b^T F x_a = 0); mean over frames and pairs of views."""
+    counts, inverse = [], torch.linalg.inv(intrinsics)
+    for a, b in permutations(range(len(video)), 2):
+        (first, rough_a, uv), (second, rough_b, _) = patches(video[a]), patches(video[b])
+        cosine = (first @ second.mT).masked_fill(~(rough_a[:, :, None] & rough_b[:, None]), -1)
+        best, partner = cosine.max(2)                                                   # (N,P)
+        mutual = cosine.argmax(1).gather(1, partner) == torch.arange(len(uv), device=uv.device)
+        relative = extrinsics[b] @ torch.linalg.inv(extrinsics[a])
+        cross = torch.linalg.cross(relative[:3, 3].expand(3, 3), torch.eye(3).to(relative)).mT
+        pixel = F.pad(uv, (0, 1), value=1.0)                                            # (P,3)
+        line = pixel @ (inverse[b].mT @ cross @ relative[:3, :3] @ inverse[a]).mT
+        distance = (pixel[partner] * line).sum(-1).abs() / line[:, :2].norm(dim=-1)
+        good = mutual & (best > similarity) & (distance < tolerance)
+        counts.append(good.sum(1).float().mean().item())
+    return sum(counts) / len(counts) if counts else math.nan
+
+
+def patch_consistency(video):
+    """In place of Subject Consistency (DINO): how well patches are found again, the mean best cosine
+    of those of frames 1.. with those of frame 0 and with those of the frame before."""
+    found = [patches(clip)[0] for clip in video]
+    pairs = [(x[1:], y.expand_as(x[1:])) for x in found for y in (x[:1], x[:-1])]
+    return torch.stack([(x @ y.mT).amax(2).mean() for x, y in pairs]).mean().item()
+
+
+def motion_degree(video, threshold=0.2):
+    """In place of Dynamic Degree (RAFT): share of views whose 5 % fastest changing pixels change by
+    more than `threshold` (of a range of 2) in at least half of the frames."""
+    change = (video[:, :, 1:] - video[:, :, :-1]).abs().amax(1).flatten(2)              # (V,N-1,HW)
+    return ((change.quantile(0.95, 2) > threshold).float().mean(1) >= 0.5).float().mean().item()
+
+
+def relative_errors(tracks, truth, visible, extrinsics):
+    """|p - p*| / max(|p*|, 0.01 m) of the visible points of frames 1.., p* in the view's own camera;
+    (V,N,K,3) metric, without alignment. RPE is the mean, PI the share under 0.25."""
+    distance = (truth - camera_centres(extrinsics)[:, None, None]).norm(dim=-1)
+    return ((tracks - truth).norm(dim=-1) / distance.clamp_min(0.01))[:, 1:][visible[:, 1:]]
+
+
+def cross_view_errors(tracks, truth, visible, extrinsics):
+    """The same between views: a track p of view a, brought into camera b, against b's own track q of
+    the point that is truly nearest in frame 0 (and within 1 cm): |(p - q) - (p* - q*)| / |p*|,
+    where both are visible. Views that agree have 0, and so has the truth."""
+    found = [tracks.new_zeros(0)]
+    for a, b in permutations(range(len(tracks)), 2):
+        gap, near = torch.cdist(truth[a, 0], truth[b, 0]).min(1)                        # (K,)
+        error = tracks[a] - tracks[b][:, near] - (truth[a] - truth[b][:, near])         # (N,K,3)
+        distance = (truth[a] - camera_centres(extrinsics)[b]).norm(dim=-1).clamp_min(0.01)
+        seen = visible[a] & visible[b][:, near] & (gap < 0.01)
+        found.append((error.norm(dim=-1) / distance)[1:][seen[1:]])
+    return torch.cat(found)
+
+
+def video_scores(video, scene):
+    """Tab. 1: all metrics of a video (V,3,N,H,W) of one scene."""
+    truth, moving = scene["video"], moving_pixels(scene["video"])
+    return {"matching_pixels": matching_pixels(video, scene["intrinsics"], scene["extrinsics"]),
+            "psnr": psnr(video, truth), "psnr_moving": psnr(video, truth, moving),
+            "ssim": ssim(video, truth), "ssim_moving": ssim(video, truth, moving),
+            "patch_consistency": patch_consistency(video), "motion_degree": motion_degree(video)}
+
+
+def track_scores(tracks, scene):
+    """Tab. 2: all metrics of tracks (V,N,K,3): RPE and PI in %, Chamfer (squared, both ways) in cm^2,
+    smoothness (mean |second difference|, less is smoother) and mean errors by part in cm."""
+    truth, visible, cameras = scene["tracks"], scene["visible"], scene["extrinsics"]
+    own, cross = (errors(tracks, truth, visible, cameras)
+                  for errors in (relative_errors, cross_view_errors))
+    clouds = (rearrange(x, "v n k c -> n (v k) c") for x in (tracks, truth))
+    scores = {"rpe": 100 * own.mean(), "pi": 100 * (own < 0.25).float().mean(),
+              "mv_rpe": 100 * cross.mean(), "mv_pi": 100 * (cross < 0.25).float().mean(),
+              "chamfer": 1e4 * chamfer_distance(*clouds),
+              "smoothness": 100 * tracks.diff(n=2, dim=1).norm(dim=-1).mean()}
+    error = 100 * (tracks - truth).norm(dim=-1)[:, 1:]                                  # (V,N-1,K)
+    for name, parts in (("hands+tool", (0, 1, 2)), ("target", (3,)), ("all", (0, 1, 2, 3))):
+        chosen = torch.isin(scene["part"], torch.tensor(parts, device=error.device))[:, None]
+        scores[name] = error[visible[:, 1:] & chosen].mean()
+    return {key: value.item() for key, value in scores.items()}
+
+
+# -------------------------------------------------------------------------------------- evaluation
+
+# Tab. 3: name of a row and the runs that its video and tracks come from. Our MJD is joint from the
+# start: the video of row 2 is that of row 3, its motion is not counted (the paper trains one without).
+ABLATION = (("one view at a time", "single", "single"), ("multi-view, video only", "open", None),
+            ("joint motion (MJD), no DPA", "open", "coarse"), ("DPA, no loop", "open", "aligned"),
+            ("closed loop (full)", "closed", "closed"))
+EVAL_BATCH = 4                                   # scenes sampled together; results depend on it
+
+
+def true_anchors(scenes):
+    """Pixels (B,V,K,2) of the true tracks in frame 0: sampled tracks follow them, slot by slot."""
+    cameras = fold(scenes["intrinsics"]), fold(scenes["extrinsics"])
+    return project(fold(scenes["tracks"][:, :, 0]), *cameras)[0].view_as(scenes["tracks"][:, :, 0, :, :2])
+
+
+def run(models, scenes, settings, given=None, **options):
+    """The last SampleState of true scenes (a batch); given: views shown, by default all."""
+    count, views = scenes["video"].shape[:2]
+    shown = torch.tensor([[given is None or view in given for view in range(views)]] * count)
+    anchors = true_anchors(scenes)
+    for state in sample(models, scenes["video"][:, :, :, 0], shown.to(models.device), scenes["prompt"],
+                        (scenes["intrinsics"], scenes["extrinsics"]), scenes["video"].shape[3],
+                        settings.steps, settings.text_scale, anchors.shape[2], anchors,
+                        cycle_every=settings.cycle_every, seed=settings.seed, **options):
+        pass
+    return state
+
+
+def all_runs(models, scenes, settings):
+    """A batch of scenes made in every way: videos and tracks, two dicts, name -> (B,V,...)."""
+    truth, points, vae = scenes["video"], scenes["tracks"], models.vae
+    cameras = scenes["intrinsics"], scenes["extrinsics"]
+    alone = {key: value.flatten(0, 1)[:, None] for key, value in scenes.items() if key != "prompt"}
+    alone["prompt"] = [prompt for prompt in scenes["prompt"] for _ in truth[0]]
+    single = run(models, alone, settings, use_dpa=False)
+    opened, closed = run(models, scenes, settings, cycle=False), run(models, scenes, settings)
+    codec = read_tracks(vae, encode(vae, scenes["pseudo"], "motion"), scenes["scale"], cameras,
+                        points.shape[3], true_anchors(scenes))
+    uv, depth = project(fold(closed.tracks), *map(fold, cameras))
+    frozen = unproject(uv, depth[:, :1].expand_as(depth), *map(fold, cameras)).view_as(points)
+    videos = {"single": single.video().view_as(truth), "open": opened.video(),
+              "closed": closed.video(), "still": truth[:, :, :, :1].expand_as(truth),
+              "codec": decode(vae, encode(vae, truth, "video"), "video"), "truth": truth}
+    tracks = {"single": single.tracks.view_as(points), "coarse": opened.coarse.tracks,
+              "aligned": opened.tracks, "closed": closed.tracks, "codec": codec.tracks,
+              "still": points[:, :, :1].expand_as(points), "truth": points, "frozen": frozen}
+    return videos, tracks
+
+
+def action_trials(models, settings, dataset, index):
+    """Scene `index` under every action that the world knows for its tool and target, from one first
+    frame: (prompted action, action whose true tracks are nearest, 1 / number of actions) each."""
+    tool, _, target = dataset.describe(index)[1][1:-1].split(", ")
+    actions = dataset.actions(tool, target)
+    if len(actions) < 2:
+        return []
+    scenes = default_collate([dataset.scene(index, action) for action in actions])
+    tracks = run(models, scenes, settings).tracks
+    distance = (tracks[:, None] - scenes["tracks"]).norm(dim=-1).flatten(2).mean(2)
+    return [(actions[prompted], actions[nearest], 1 / len(actions))
+            for prompted, nearest in enumerate(distance.argmin(1).tolist())]
+
+
+def measure(models, settings, split):
+    """All scores of a split: (table, row) -> one dict a scene, or the action trials."""
+    config, found, views = models.config, defaultdict(list), models.config["views"]
+    shape = {key: config[key] for key in ("size", "frames", "views", "tracks")} | {"device": models.device}
+    dataset = SyntheticHOI(split, **shape)
+    sides, order = (-20, 0, 60), sorted(range(views), key=lambda view: view != views // 2)
+    elsewhere = SyntheticHOI(split, cameras=nominal_rig(views, config["size"], sides), **shape)
+    for first in range(0, settings.scenes, EVAL_BATCH):
+        indices = range(first, min(first + EVAL_BATCH, settings.scenes))
+        scenes, moved = dataset.batch(indices), elsewhere.batch(indices)
+        videos, tracks = all_runs(models, scenes, settings)
+        new = run(models, moved, settings, order[:1]).video()
+        for count in range(1, views):
+            videos[str(count)] = run(models, scenes, settings, order[:count]).video()
+        for i in range(len(indices)):
+            scene = {key: value[i] for key, value in scenes.items()}
+            for name in ("single", "open", "closed", "still", "codec", "truth"):
+                found["video", name].append(video_scores(videos[name][i], scene))
+            for name in tracks:
+                found["tracks", name].append(track_scores(tracks[name][i], scene))
+            for count in range(1, views + 1):          # with all given: the views that "1" had to invent
+                video, hidden = videos[str(count) if count < views else "closed"], order[count:] or order[1:]
+                found["references", str(count)].append(plain_scores(video[i], scene["video"], hidden))
+            for view in order[1:]:
+                found["cameras", f"{sides[view % 3]} degrees"].append(
+                    plain_scores(new[i], moved["video"][i], [view]))
+            found["trials"] += action_trials(models, settings, dataset, indices[i])
+        print(f"{split}: {indices[-1] + 1} of {settings.scenes} scenes", file=sys.stderr, flush=True)
+    return found
+
+
+def plain_scores(video, truth, views):
+    """PSNR of some views of a video (V,3,N,H,W)."""
+    video, truth = video[views], truth[views]
+    return {"psnr": psnr(video, truth), "psnr_moving": psnr(video, truth, moving_pixels(truth))}
+
+
+def summary(runs):
+    """Mean over scenes of every metric and, as KEY_ci, half the width of its 95 % interval."""
+    row = {}
+    for key in runs[0]:
+        values = np.array([run[key] for run in runs])
+        values = values[np.isfinite(values)]
+        spread = 1.96 * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else math.nan
+        for name, value in ((key, values.mean() if len(values) else math.nan), (key + "_ci", spread)):
+            row[name] = round(float(value), 4) if math.isfinite(value) else None
+    return row
+
+
+def tables(found):
+    """The tables of one split, for JSON. `gain`: paired difference to the row above, and interval."""
+    def scores(video, tracks):
+        moved = found["tracks", tracks] if tracks else [dict.fromkeys(found["tracks", "truth"][0], math.nan)]
+        return [v | t for v, t in zip(found["video", video], moved * (1 if tracks else len(found["video", video])))]
+
+    names, rows = [name for name, _, _ in ABLATION], [scores(*runs) for _, *runs in ABLATION]
+    gains = [[{k: a[k] - b[k] for k in a} for a, b in zip(now, before)] for before, now in zip(rows, rows[1:])]
+    ablation = [{"name": name} | summary(row) for name, row in zip(names, rows)]
+    for entry, gain in zip(ablation[1:], gains):
+        entry["gain"] = summary(gain)
+    confusion = defaultdict(lambda: defaultdict(int))
+    for prompted, nearest, _ in found["trials"]:
+        confusion[prompted][nearest] += 1
+    right = [prompted == nearest for prompted, nearest, _ in found["trials"]] or [math.nan]
+    chance = [share for *_, share in found["trials"]] or [math.nan]
+    baseline = {"name": "repeat the reference frame, nothing moves"} | summary(scores("still", "still"))
+    return dict(
+        ablation=ablation, baseline=baseline,
+        ceiling={"name": "VAE round trip"} | summary(scores("codec", "codec"))
+        | {"truth": summary(scores("truth", "truth"))},
+        depth={"frame 0 (DaS)": summary(found["tracks", "frozen"]),
+               "per frame (ours)": summary(found["tracks", "closed"])},
+        action_accuracy=dict(accuracy=float(np.mean(right)), chance=float(np.mean(chance)), trials=len(right),
+                             confusion=confusion),
+        **{kind: {name: summary(runs) for (table, name), runs in found.items() if table == kind}
+           for kind in ("references", "cameras")})
+
+
+def print_tables(split, report):
+    """The tables of one split as text: mean and half width of the 95 % interval."""
+    columns = ("matching_pixels", "psnr_moving", "psnr", "ssim", "rpe", "mv_rpe", "pi", "mv_pi",
+               "hands+tool", "target", "all")
+    print(f"\n{split:34}" + "".join(f"{name:>17}" for name in columns))
+    for row in (*report["ablation"], report["baseline"], report["ceiling"],
+                {"name": "truth"} | report["ceiling"]["truth"]):
+        cells = ("-" if row[key] is None else f"{row[key]:.2f} +- {row[key + '_ci'] or math.nan:.2f}"
+                 for key in columns)
+        print(f"{row['name'][:33]:34}" + "".join(f"{cell:>17}" for cell in cells))
+    for key in ("depth", "action_accuracy", "references", "cameras"):
+        print(f"{key}: {json.dumps(report[key])}")
+
+
+def evaluate(models, settings):
+    """--eval: prints the tables of every split, and writes them as JSON."""
+    plain = {key: value for key, value in models.config.items()}
+    report = {"weights": {"file": Path(settings.weights or f"{settings.preset}.pt").name, **plain}}
+    for split in ("val", "unseen") if settings.split == "both" else (settings.split,):
+        start = time.perf_counter()
+        report[split] = tables(measure(models, settings, split)) | dict(
+            scenes=settings.scenes, seed=settings.seed, steps=settings.steps,
+            seconds=round(time.perf_counter() - start, 1))
+        print_tables(split, report[split])
+        if settings.json:
+            draft = settings.json.with_name(f".{settings.json.name}.{os.getpid()}")
+            draft.write_text(json.dumps(report, indent=1))
+            os.replace(draft, settings.json)
+
+
+def main(arguments=None):
+    """Runs the command line; returns the exit code."""
+    try:
+        settings = parse(arguments)
+        models = load(settings)
+        if settings.print_cameras:
+            size = models.config["size"]
+            print(rig_as_json(*nominal_rig(models.config["views"], size), size))
+            return 0
+        bf16 = bf16_is_faster(models.device)
+        with torch.inference_mode(), torch.autocast(models.device.type, torch.bfloat16, enabled=bf16):
+            if settings.eval:
+                evaluate(models, settings)
+                return 0
+            start = time.perf_counter()
+            settings.out.mkdir(parents=True, exist_ok=True)
+            result = generate(models, settings)
+        names = write_results(result, settings.out)
+        print(f"wrote {', '.join(names)} into {settings.out} in {time.perf_counter() - start:.1f} s")
+    except ValueError as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"sample.py: could not write into {settings.out} ({first_line(error)}): free some space "
+              "or choose another --out", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
