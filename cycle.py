@@ -87,13 +87,15 @@ class DDIMScheduler:
             return alpha_next * clean + sigma_next * noise
         ratio = (alpha * sigma_next / (alpha_next * sigma)).square().clamp(max=1)
         fresh = eta * sigma_next * (1 - ratio).sqrt()
+        kept = (sigma_next.square() - fresh.square()).sqrt()
         drawn = torch.randn(noisy.shape, generator=generator).to(noisy)
-        return alpha_next * clean + (sigma_next.square() - fresh.square()).sqrt() * noise + fresh * drawn
+        return alpha_next * clean + kept * noise + fresh * drawn
 
     @staticmethod
     def times(steps, shift=1.0):
         """steps + 1 times from 1 to 0, float list; shift > 1 spends more of them near noise."""
-        return [shift * s / (1 + (shift - 1) * s) for s in (1 - i / steps for i in range(steps + 1))]
+        even = [1 - i / steps for i in range(steps + 1)]
+        return [shift * s / (1 + (shift - 1) * s) for s in even]
 
 
 # --------------------------------------------------------------------------------------- models
@@ -155,8 +157,8 @@ def load_models(path, device="cpu"):
 
 
 def moving_psnr(video, truth, threshold=0.1):
-    """PSNR in dB over the moving pixels of videos (...,3,N,H,W) in [-1,1]: those of frames 1.. whose
-    true colour has left that of frame 0 by more than `threshold` in some channel."""
+    """PSNR in dB over the moving pixels of videos (...,3,N,H,W) in [-1,1]: those whose true colour
+    has left that of frame 0 by more than `threshold` in some channel."""
     moving = ((truth - truth[..., :1, :, :]).abs().amax(-4, keepdim=True) > threshold)
     error = (video - truth).square().mean(-4, keepdim=True)[moving].mean() / 4     # range 2
     return -10 * torch.log10(error.clamp_min(1e-10)).item()
@@ -210,12 +212,11 @@ def read_tracks(vae, motion, scale, cameras, num_tracks, anchors=None, previous=
         foreground = pseudo[:, 2, 0] > FOREGROUND_THRESHOLD
         previous = previous if previous is None else fold(previous)
         anchors = choose_anchors(foreground, num_tracks, previous).unflatten(0, shape)
-    # A network's scale can be anything early in training: keep it an interval in front of the camera.
+    # Early in training a scale can be anything: keep it an interval in front of the camera.
     near = scale[..., 0].clamp_min(0.05)
     scale = torch.stack([near, torch.maximum(scale[..., 1], near + 0.01)], -1)
-    intrinsics, extrinsics = cameras
-    tracks, _, valid = pseudo_video_to_tracks(pseudo, fold(scale), fold(intrinsics), fold(extrinsics),
-                                              num_tracks, fold(anchors))
+    tracks, _, valid = pseudo_video_to_tracks(pseudo, fold(scale), *map(fold, cameras), num_tracks,
+                                              fold(anchors))
     return Coarse(tracks.unflatten(0, shape), anchors, valid.unflatten(0, shape), scale,
                   pseudo.unflatten(0, shape))
 
@@ -463,9 +464,8 @@ class MotionPredictor:
 
 
 def restart_slots(scheduler, points, slots, coarse, noise, t, dpa):
-    """M_t of slots that follow another anchor than at the step before starts anew from the coarse
-    track, at noise level t; points and noise (B,V,N,K,3), slots: the anchors (B,V,K,2) of that step,
-    None at the start."""
+    """M_t (B,V,N,K,3) in which slots that follow another anchor than at the step before start anew
+    from the coarse track, at noise level t. slots: that step's anchors (B,V,K,2), or None."""
     if slots is None:
         return points
     moved = (slots != coarse.anchors).any(-1)[:, :, None, :, None]
@@ -494,8 +494,8 @@ def check_sample_inputs(models, reference, given, prompts, cameras, steps, cycle
 # --------------------------------------------------------------------------------------- lesson
 
 def watch(models, scene, steps, **switches):
-    """Samples a scene with its true anchors; after each step: t, dB in moving pixels, mean error in
-    cm of the coarse and of the aligned tracks. Returns these rows and the last video (V,3,N,H,W)."""
+    """Samples a scene with its true anchors; after each step: t, dB in moving pixels, mean error
+    in cm of coarse and of aligned tracks. Returns these rows and the last video (V,3,N,H,W)."""
     cameras = scene["intrinsics"][None], scene["extrinsics"][None]
     anchors = project(scene["tracks"][:, 0], *(c[0] for c in cameras))[0][None]
     visible, rows = scene["visible"][None], []

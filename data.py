@@ -1,8 +1,8 @@
 """Geometry, the motion representation (Proj & Norm, Denorm & Unproj) and the two data sets.
 
-    tracks (V,N,K,3) --project--> pixel + depth --colour by anchor--> motion pseudo video (V,3,N,H,W)
-           ^                                                                    |
-           +---- unproject <-- pixel of the colour, depth from blue <-----------+
+    tracks (V,N,K,3) --project--> pixel + depth --colour by anchor--> pseudo video (V,3,N,H,W)
+           ^                                                               |
+           +---- unproject <-- pixel of the colour, depth from blue <------+
 
 Units and frames, everywhere in this project
     points, tracks   metres, world frame (the synthetic world: z up, origin on the table)
@@ -46,7 +46,7 @@ def project(points, intrinsics, extrinsics):
 
 
 def unproject(uv, depth, intrinsics, extrinsics):
-    """The inverse of `project`: uv (V,...,2) pixels, depth (V,...) metres -> world points (V,...,3)."""
+    """The inverse of `project`: uv (V,...,2) pixels, depth (V,...) m -> world points (V,...,3)."""
     shape = depth.shape
     uv, depth = uv.reshape(shape[0], -1, 2), depth.reshape(shape[0], -1, 1)
     camera = torch.cat([uv, torch.ones_like(depth)], -1) @ torch.linalg.inv(intrinsics).mT * depth
@@ -68,7 +68,7 @@ def pixel_centres(size, device=None):
 
 
 def plucker_rays(intrinsics, extrinsics, size):
-    """Rays of all pixels, (V,6,H,W): unit direction and moment (centre x direction), world frame."""
+    """Rays of all pixels, (V,6,H,W): unit direction and moment (centre x direction), world."""
     uv = repeat(pixel_centres(size, intrinsics.device), "h w c -> v h w c", v=len(intrinsics))
     points = unproject(uv, torch.ones_like(uv[..., 0]), intrinsics, extrinsics)
     centres = camera_centres(extrinsics)[:, None, None].expand_as(points)
@@ -170,7 +170,7 @@ def splat(uv, depth, valid, size, radius):
 
 
 def erode(mask):
-    """A bool mask (...,H,W) less its outermost pixels (4-neighbours); the border counts as inside."""
+    """A bool mask (...,H,W) less its outermost pixels (4-neighbours); the border is inside."""
     padded = F.pad(mask.float().flatten(0, -3)[:, None], (1, 1, 1, 1), value=1.0)
     up, down = padded[..., :-2, 1:-1], padded[..., 2:, 1:-1]
     left, right = padded[..., 1:-1, :-2], padded[..., 1:-1, 2:]
@@ -217,7 +217,8 @@ def pseudo_video_to_tracks(pseudo, scale, intrinsics, extrinsics, num_tracks, an
     foreground = pseudo[:, 2] > FOREGROUND_THRESHOLD                               # (V,N,H,W)
     if anchors is None:
         anchors = choose_anchors(foreground[:, 0], num_tracks)
-    colour = rearrange(pseudo[:, :2], "v c n h w -> v n h w c") * anchors.new_tensor([width, height])
+    colour = rearrange(pseudo[:, :2], "v c n h w -> v n h w c")
+    colour = colour * anchors.new_tensor([width, height])
     depth = (pseudo[:, 2] - FOREGROUND_BLUE).clamp_min(0) / (1 - FOREGROUND_BLUE)
     near, far = scale[:, 0, None, None, None], scale[:, 1, None, None, None]
     depth = near + (far - near) * depth                                            # (V,N,H,W)
@@ -229,7 +230,7 @@ def pseudo_video_to_tracks(pseudo, scale, intrinsics, extrinsics, num_tracks, an
     known = colour[:, 0][view, row, column] - anchors                              # (V,K,2)
     wanted = anchors + 0.5 * known.clamp(-tolerance, tolerance)
     found, uv = [], anchors
-    for n in range(frames):                      # in frame 0 the pixel is known: the prior is strong
+    for n in range(frames):                 # in frame 0 the pixel is known: the prior is strong
         found.append(match_colours(wanted, uv, colour[:, n], depth[:, n], cost[:, n],
                                    prior=0.02 if n else 4.0))
         uv = found[-1][0] if n else anchors

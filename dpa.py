@@ -451,9 +451,19 @@ def draw(truth, coarse, aligned, curve, path):
     plt.close(figure)
 
 
-def train_toy(dpa, steps=150, batch=5):
-    """Minimises L_DPA on toy scenes that are never repeated; t is uniform as in Alg. 1."""
-    start, optimizer = time.time(), torch.optim.AdamW(dpa.parameters())
+def lesson(steps=150, batch=4):
+    """Trains a tiny DPA on toy scenes, never twice the same; measures and draws unseen ones."""
+    torch.manual_seed(0)
+    dpa, test, start = DPA(dim=64, depth=2, patch=48), toy_scenes(32), time.time()
+    points = rearrange(test["coarse"], "b view frame k xyz -> (b frame) (view k) xyz")
+    layout = build_layout(points, dpa.voxel_size, dpa.patch)
+    print(f"coarse tracks (B,V,N,K,3)  {tuple(test['coarse'].shape)}")
+    print(f"points -> voxels of 2 cm   {len(layout.voxel)} -> {len(layout.counts)}, of the 27 around"
+          f" one {(layout.neighbours >= 0).sum(1).float().mean():.1f} are occupied")
+    print(f"patches (G patches, patch) {tuple(layout.curves[0].filled.squeeze().shape)}")
+    print(f"parameters                 {sum(p.numel() for p in dpa.parameters()):,}")
+
+    optimizer = torch.optim.AdamW(dpa.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, steps, pct_start=0.1)
     for step in range(steps):
         loss, _ = flow_loss(dpa, t=torch.rand(batch), **toy_scenes(batch))
@@ -465,25 +475,11 @@ def train_toy(dpa, steps=150, batch=5):
         if step % 30 == 0 or step == steps - 1:
             print(f"step {step:4d}  loss {loss.item():.3f}  {time.time() - start:.1f} s")
 
-
-def lesson():
-    """Trains a tiny DPA on toy scenes; measures and draws the tracks of new ones."""
-    torch.manual_seed(0)
-    dpa, test = DPA(dim=64, depth=2, patch=48), toy_scenes(64)
-    points = rearrange(test["coarse"], "b view frame k xyz -> (b frame) (view k) xyz")
-    layout = build_layout(points, dpa.voxel_size, dpa.patch)
-    print(f"coarse tracks (B,V,N,K,3)  {tuple(test['coarse'].shape)}")
-    print(f"points -> voxels of 2 cm   {len(layout.voxel)} -> {len(layout.counts)}, of the 27 around"
-          f" one {(layout.neighbours >= 0).sum(1).float().mean():.1f} are occupied")
-    print(f"patches (G patches, patch) {tuple(layout.curves[0].filled.squeeze().shape)}")
-    print(f"parameters                 {sum(p.numel() for p in dpa.parameters()):,}")
-    train_toy(dpa)
-
     coarse = dpa.denormalise(fill_invalid(dpa.normalise(test["coarse"]), test["valid"])[0])
     print(f"error of new scenes: coarse tracks {error_cm(coarse, test['truth']):.2f} cm")
     for t in (0.25, 0.5, 0.75, 1.0):
         with torch.no_grad():
-            _, aligned = flow_loss(dpa, t=torch.full((64,), t), **test)
+            _, aligned = flow_loss(dpa, t=torch.full((32,), t), **test)
         print(f"    aligned in one step from t = {t}: {error_cm(aligned, test['truth']):.2f} cm")
     Path("out").mkdir(exist_ok=True)
     first = [points[0, :, 0] for points in (test["truth"], coarse, aligned)]  # (V, K, 3)

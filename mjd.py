@@ -19,9 +19,9 @@
           scale s (B,V,2)   velocity of z_V   velocity of z_Mpv  (B,V,C,n,h,w)
 
 Glossary
-    B batch    V views    N frames    n latent frames = 1 + (N-1)/r_n    H W pixels    h w latent grid
-    C latent channels    D width    T tokens of a view    L text tokens    t flow time, 1 = noise
-Run `python mjd.py` to see the shapes, who attends to whom (out/mjd.png), and the paper's 9,100 tokens.
+    B batch    V views    N frames    n latent frames = 1 + (N-1)/r_n    H W pixels    h w latent
+    grid    C latent channels    D width    T tokens of a view    L text tokens    t time, 1 = noise
+Run `python mjd.py` for the shapes, who attends to whom (out/mjd.png) and the paper's 9,100 tokens.
 """
 
 import math
@@ -96,7 +96,7 @@ def rotary_table(frames, height, width, head_dim, device=None):
 
 
 def rotate(x, cos, sin):
-    """Turns the interleaved pairs of x (batch, heads, tokens, head_dim) by their position's angle."""
+    """Turns interleaved pairs of x (batch, heads, tokens, head_dim) by their position's angle."""
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
@@ -139,8 +139,8 @@ class CausalMix(nn.Module):
 class VideoVAE(nn.Module):
     """Causal video VAE for colour and motion pseudo videos alike (the paper's E and Dec).
 
-    Frame 0 is a group of its own, then every r_n frames are one; a group is folded into channels and
-    2D convolutions work on it, which sees the groups before it and nothing of the future. A linear
+    Frame 0 is a group of its own, then every r_n frames are one. A group is folded into channels,
+    2D convolutions work on it, and it sees the group before it, nothing of the future. A linear
     projection of whole patches (set to their principal components by `init_from`) carries most of
     the picture, the convolutions add what it misses. Input sizes: N = 1 + r_n * k, H and W
     multiples of r_h and r_w. The paper uses Wan2.2's pretrained VAE (4,16,16), 48 channels.
@@ -204,7 +204,8 @@ class VideoVAE(nn.Module):
         z = rearrange(latents, "b c n h w -> (b n) c h w")
         features = self.decode_coarse(self.decode_mix(self.from_latent(z), groups))
         fine = F.pixel_shuffle(self.to_pixels(self.decode_fine(features)), self.inner)
-        patches = rearrange(self.linear_decode(z.movedim(1, -1)), "f h w (c y x) -> f c (h y) (w x)",
+        patches = self.linear_decode(z.movedim(1, -1))
+        patches = rearrange(patches, "f h w (c y x) -> f c (h y) (w x)",
                             y=self.strides[1], x=self.strides[2])
         video = rearrange(patches + fine, "(b n) (r c) h w -> b c (n r) h w", n=groups, c=3)
         return video[:, :, self.strides[0] - 1:]           # frame 0 is the last of its own group
@@ -222,7 +223,7 @@ class VideoVAE(nn.Module):
         return (self.moments(video)[0].float() - mean) / std
 
     def decode(self, latents, modality="video"):
-        """Normalised latents (B,C,n,h,w) -> video (B,3,N,H,W), float32, about [-1,1], not clamped."""
+        """Normalised latents (B,C,n,h,w) -> video (B,3,N,H,W), float32, not clamped to [-1,1]."""
         mean, std = self.statistics(modality)
         return self.reconstruct(latents * std + mean).float()
 
@@ -244,6 +245,17 @@ class VideoVAE(nn.Module):
 
 # ---------------------------------------------------------------------------------- transformer
 
+class RMSNorm(nn.Module):
+    """rms_norm with a weight a channel, in x's dtype."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return rms_norm(x) * self.weight.to(x.dtype)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention; q and k are RMS-normalised over the full width (as in Wan2.2)."""
 
@@ -251,12 +263,12 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.query_key_value = nn.Linear(dim, 3 * dim)
-        self.query_weight, self.key_weight = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
+        self.query_norm, self.key_norm = RMSNorm(dim), RMSNorm(dim)
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x, rotary, fused=False):
         q, k, v = self.query_key_value(x).chunk(3, -1)                        # (batch, tokens, D)
-        q, k = rms_norm(q) * self.query_weight.to(q.dtype), rms_norm(k) * self.key_weight.to(k.dtype)
+        q, k = self.query_norm(q), self.key_norm(k)
         q, k, v = (rearrange(y, "b t (h d) -> b h t d", h=self.heads) for y in (q, k, v))
         x = attention(rotate(q, *rotary), rotate(k, *rotary), v, fused=fused)
         return self.out(rearrange(x, "b h t d -> b t (h d)"))
@@ -268,15 +280,14 @@ class CrossAttention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
-        self.norm_weight = nn.Parameter(torch.ones(dim))
+        self.norm, self.query_norm, self.key_norm = RMSNorm(dim), RMSNorm(dim), RMSNorm(dim)
         self.query, self.key_value = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
-        self.query_weight, self.key_weight = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
         self.out = zero_init(nn.Linear(dim, dim))
 
     def forward(self, x, text, mask, fused=False):
-        q = self.query(rms_norm(x) * self.norm_weight.to(x.dtype))            # (B, T, D)
+        q = self.query(self.norm(x))                                          # (B, T, D)
         k, v = self.key_value(text.to(x.dtype)).chunk(2, -1)                  # (B, L, D)
-        q, k = rms_norm(q) * self.query_weight.to(q.dtype), rms_norm(k) * self.key_weight.to(k.dtype)
+        q, k = self.query_norm(q), self.key_norm(k)
         q, k, v = (rearrange(y, "b t (h d) -> b h t d", h=self.heads) for y in (q, k, v))
         x = attention(q, k, v, mask[:, None, None], fused)
         return self.out(rearrange(x, "b h t d -> b t (h d)"))
@@ -361,7 +372,7 @@ class Block(nn.Module):
 
         h = rms_norm(x) * (1 + scale) + shift                                 # (B, V, T, D)
         x = x + gate * self.between_views(h, layout, fused)
-        h = rms_norm(x) * (1 + scale) + shift  # shared by both attentions: the paper counts six rows
+        h = rms_norm(x) * (1 + scale) + shift  # the paper's six rows: both attentions share three
         x = x + gate * self.within_view(h, layout, fused)
         batch, views = x.shape[:2]
         x = rearrange(x, "b v t d -> b (v t) d")
@@ -379,7 +390,7 @@ class Block(nn.Module):
         return F.pad(visual, (0, 0, layout.special, 0))
 
     def within_view(self, x, layout, fused):
-        """Intra-view spatiotemporal attention: all tokens of one view, all frames, both modalities."""
+        """Intra-view spatiotemporal attention: all frames and both modalities of one view."""
         out = self.intra_view(x.flatten(0, 1), layout.within, fused)          # (B*V, T, D)
         return out.unflatten(0, x.shape[:2])
 
@@ -402,8 +413,8 @@ class MJD(nn.Module):
         self.text = TextEncoder(dim, heads, text_tokens)
         pixels = channels * patch ** 2
         self.embed = nn.ModuleList(nn.Linear(pixels, dim) for _ in range(2))      # video, motion
-        # The refined motion guidance enters by a projection of its own. The paper adds it to z_Mpv,t
-        # (Alg. 1); measured, the sum is ambiguous and spoils low t (README, tried and dropped).
+        # The refined motion guidance has a projection of its own. The paper adds it to z_Mpv,t
+        # (Alg. 1, line 4); measured, the sum is ambiguous at low t (README, tried and dropped).
         self.embed_guidance = zero_init(nn.Linear(pixels, dim))
         self.embed_rays = zero_init(nn.Linear(6 * patch ** 2, dim))
         self.modality = nn.Parameter(torch.randn(2, dim) * 0.02)
@@ -418,10 +429,10 @@ class MJD(nn.Module):
     def forward(self, video, motion, t, text, rays, given, guidance=None):
         """One joint estimate: (v_video, v_motion) (B,V,C,n,h,w) and scale (B,V,2) in metres.
 
-        video (B,V,C,n,h,w): z_V,t with the clean z_I in latent frame 0 where given; motion: z_Mpv,t;
-        t (B,) flow time; text: (tokens (B,L,D), mask (B,L)) of self.text; rays (B,V,6,H,W) from
-        data.plucker_rays, any resolution; given (B,V) bool: views whose reference is shown, their
-        first video tokens carry t = 0; guidance (B,V,C,n,h,w): z~ of Alg. 1 line 3, or None.
+        video (B,V,C,n,h,w): z_V,t, with the clean z_I in latent frame 0 where given; motion:
+        z_Mpv,t; t (B,) flow time; text: tokens (B,L,D) and mask (B,L) of self.text; rays
+        (B,V,6,H,W), Pluecker, any resolution; given (B,V) bool: views whose reference is shown,
+        their first video tokens carry t = 0; guidance (B,V,C,n,h,w): z~ of Alg. 1 line 3, or None.
         """
         batch, views, _, frames, height, width = video.shape
         if height % self.patch or width % self.patch:
@@ -448,7 +459,8 @@ class MJD(nn.Module):
     def tokens(self, video, motion, rays, guidance):
         """Latents, rays and guidance -> tokens (B,V,T,D) in the order of Layout."""
         batch, views, _, frames, height, width = video.shape
-        rays = F.adaptive_avg_pool2d(rays.flatten(0, 1), (height, width)).unflatten(0, (batch, views))
+        rays = F.adaptive_avg_pool2d(rays.flatten(0, 1), (height, width))
+        rays = rays.unflatten(0, (batch, views))
         rays = self.embed_rays(self.patchify(rays[:, :, :, None]))            # (B, V, 1 h w, D)
         rays = rays.repeat(1, 1, frames, 1)
         parts = [repeat(self.special, "s d -> b v s d", b=batch, v=views)]
@@ -484,7 +496,7 @@ class MJD(nn.Module):
 
 
 def tokens_per_view(frames, height, width, preset):
-    """Text, scale, register and visual tokens of one view of N x H x W pixels, as Sec. 3.3 counts."""
+    """Text, scale, register and visual tokens of a view of N x H x W pixels (Sec. 3.3)."""
     r_n, r_h, r_w = PRESETS[preset]["vae"]["strides"]
     patch = PRESETS[preset]["mjd"].get("patch", 2)
     visual = (1 + (frames - 1) // r_n) * (height // r_h // patch) * (width // r_w // patch)
@@ -526,11 +538,12 @@ def attention_patterns(views=3):
     between = influence(lambda y: block.between_views(y, layout, False), x, groups)
     within = influence(lambda y: block.within_view(y, layout, False), x, groups)
     vae = VideoVAE(**PRESETS["tiny"]["vae"])
-    nn.init.normal_(vae.encode_mix.mix.weight, std=0.1), nn.init.normal_(vae.to_mean.weight, std=0.1)
+    for layer in (vae.encode_mix.mix, vae.to_mean):           # which start at zero
+        nn.init.normal_(layer.weight, std=0.1)
     video = torch.randn(1, 3, 13, 16, 16)
-    frames = [torch.randn_like(video) * F.one_hot(torch.tensor(n), 13)[:, None, None] for n in range(13)]
     before = vae.moments(video)[0]
-    causal = torch.stack([(vae.moments(video + f)[0] - before).square().sum((0, 1, 3, 4)) for f in frames])
+    nudges = torch.randn_like(video) * torch.eye(13)[:, None, :, None, None]     # a frame each
+    causal = (vae.moments(video + nudges)[0] - before).square().sum((1, 3, 4))
     return between, within, causal / causal.max()
 
 
@@ -548,26 +561,29 @@ def lesson_picture(patterns, path):
         axis.set_title(title, fontsize=10)
     for axis in axes[:2]:
         names = [f"{m} t{n}" for m in ("video", "motion") for n in range(4)]
-        axis.set_xticks(range(1, 24, 3), names, rotation=90), axis.set_yticks(range(1, 24, 3), names)
-        axis.set_xlabel("changed group (three views each)"), axis.set_ylabel("nudged group")
+        axis.set_xticks(range(1, 24, 3), names, rotation=90)
+        axis.set_yticks(range(1, 24, 3), names)
+        axis.set(xlabel="changed group (three views each)", ylabel="nudged group")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
 
 
 def lesson():
-    """Shapes, sizes and speed of the `small` network, tokens of the paper's, who attends to whom."""
+    """Sizes of the `small` and the `paper` network, and who attends to whom."""
     import time
     from pathlib import Path
     with torch.device("meta"):
         paper = MJD(PRESETS["paper"]["vae"]["channels"], **PRESETS["paper"]["mjd"])
     text = count_parameters(paper.text)
-    print(f"paper preset, 3 x 49 x 480 x 704: {tokens_per_view(49, 480, 704, 'paper'):,} tokens a view, "
-          f"{(count_parameters(paper) - text) / 1e9:.2f} B parameters + text encoder {text / 1e9:.2f} B")
+    tokens = tokens_per_view(49, 480, 704, "paper")
+    print(f"paper preset, 3 x 49 x 480 x 704: {tokens:,} tokens a view, "
+          f"{(count_parameters(paper) - text) / 1e9:.2f} B parameters "
+          f"+ text encoder {text / 1e9:.2f} B")
 
     vae = VideoVAE(**PRESETS["small"]["vae"])
     mjd = MJD(vae.channels, **PRESETS["small"]["mjd"])
     print(f"small preset, 3 x 13 x 64 x 96: {tokens_per_view(13, 64, 96, 'small')} tokens a view; "
-          f"VAE {count_parameters(vae) / 1e6:.2f} M, MJD {count_parameters(mjd) / 1e6:.2f} M parameters")
+          f"VAE {count_parameters(vae) / 1e6:.2f} M, MJD {count_parameters(mjd) / 1e6:.2f} M")
     video = torch.rand(3, 3, 13, 64, 96) * 2 - 1
     with torch.no_grad():
         latents = vae.encode(video)[None]
@@ -585,8 +601,8 @@ def lesson():
     for name, pattern in zip(("inter-view", "intra-view"), patterns):
         other_view = pattern[view[:, None] != view[None]].max()
         other_time = pattern[time_of[:, None] % 4 != time_of[None] % 4].max()
-        print(f"{name} attention: largest influence on another view {other_view:.2f}, on another time "
-              f"{other_time:.2f}")
+        print(f"{name} attention: largest influence on another view {other_view:.2f}, "
+              f"on another time {other_time:.2f}")
     future = max(patterns[2][n, :(n + 3) // 4].max().item() for n in range(1, 13))
     print(f"VAE: largest influence of a frame on an earlier latent frame {future:.2f}")
     lesson_picture(patterns, Path("out/mjd.png"))

@@ -42,7 +42,7 @@ RECIPES = {
                  dpa=dict(dim=32, depth=2, heads=2, patch=32)),
     "small": dict(size=(64, 96), frames=13, views=3, tracks=256, rate=6e-4,
                   steps=dict(vae=3000, base=2500, dpa=800, joint=2500), batch=4,
-                  dpa=dict(dim=128, depth=4, heads=4, patch=96)),
+                  dpa=dict(dim=96, depth=3, heads=4, patch=64)),
     "taco": dict(size=(256, 384), frames=25, views=3, tracks=1024, rate=2e-4,
                  steps=dict(vae=50_000, base=40_000, dpa=20_000, joint=60_000), batch=1,
                  dpa=dict(dim=192, depth=6, heads=6, patch=128)),
@@ -60,7 +60,8 @@ def option(default, text, **keywords):
 @dataclass
 class Settings:
     """Every field is a flag of train.py."""
-    stage: str = option("joint", "what to train; all = vae, base, dpa, joint", choices=(*STAGES, "all"))
+    stage: str = option("joint", "what to train; all: one after the other",
+                        choices=(*STAGES, "all"))
     preset: str = option("small", "sizes of networks and pictures", choices=tuple(RECIPES))
     data: str = option("synthetic", "what to train on", choices=("synthetic", "taco"))
     data_root: str = option("", "folder of the TACO data set")
@@ -79,7 +80,8 @@ class Settings:
     out: str = option("", "run folder, default runs/PRESET")
     resume: bool = option(False, "go on from checkpoint.pt of the run folder")
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"))
-    precision: str = option("auto", "auto: bf16 if measured faster", choices=("auto", "fp32", "bf16"))
+    precision: str = option("auto", "auto: bf16 if measured faster",
+                            choices=("auto", "fp32", "bf16"))
     compile: bool = option(False, "torch.compile the networks (minutes to start, faster after)")
     checkpointing: bool = option(False, "recompute activations block by block to save memory")
     log_every: int = option(20, "steps between log lines")
@@ -118,9 +120,9 @@ def parse(arguments=None):
             raise ValueError(f"--{name.replace('_', '-')}: expected a share in [0, 1], got "
                              f"{getattr(settings, name)}")
     if settings.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: expected a CUDA GPU, this torch sees none: use --device cpu")
+        raise ValueError("--device cuda: expected a CUDA GPU, torch sees none: use --device cpu")
     if settings.data == "taco" and not (settings.data_root and settings.mano_dir):
-        raise ValueError("--data taco: expected --data-root and --mano-dir, see README, Train on TACO")
+        raise ValueError("--data taco: expected --data-root and --mano-dir: see README, TACO")
     settings.out = settings.out or f"runs/{settings.preset}"
     return settings
 
@@ -369,7 +371,7 @@ class Trainer:
         """A new VAE starts from the principal components of some scenes."""
         if stage == "vae" and self.step == 0:
             scenes = [next(stream) for _ in range(4)]
-            videos = torch.cat([fold(scene[key]) for scene in scenes for key in ("video", "pseudo")])
+            videos = torch.cat([fold(s[key]) for s in scenes for key in ("video", "pseudo")])
             self.models.vae.init_from(videos)
             self.average["vae"] = {k: v.clone() for k, v in self.models.vae.state_dict().items()}
 
@@ -388,7 +390,7 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         parts = {key: value.detach() for key, value in parts.items()}
         if self.device.type == "cpu" or self.step % self.settings.log_every == 0:
-            self.check_finite(parts, norm)    # on a GPU not every step: it would wait for the result
+            self.check_finite(parts, norm)    # on a GPU now and then: it waits for the result
         self.optimiser.step()
         self.update_average()
         return parts | {"gradient": norm.detach(), "rate": rate}
@@ -421,8 +423,9 @@ class Trainer:
         sizes = ", ".join(f"{name} {count_parameters(network) / 1e6:.2f} M"
                           for name, network in self.models.networks.items())
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else platform.processor()
-        print(f"device {self.device} {name}, {'bf16 (measured faster)' if bf16 else 'fp32'}; {sizes}\n"
-              f"{recipe['views']} views x {recipe['frames']} frames x {recipe['size'][0]}x"
+        why = "measured faster" if settings.precision == "auto" else "as told"
+        print(f"device {self.device} {name}, {'bf16' if bf16 else 'fp32'} ({why}); {sizes}")
+        print(f"{recipe['views']} views x {recipe['frames']} frames x {recipe['size'][0]}x"
               f"{recipe['size'][1]}, {recipe['tracks']} tracks; batch {count} scenes x "
               f"{recipe['views']} views = {count * recipe['views']}; seed {settings.seed}; "
               f"into {self.out}", flush=True)
@@ -436,8 +439,8 @@ class Trainer:
             left = min(left, self.settings.minutes * 60 - seconds)
         line = {key: float(value) for key, value in line.items()}
         text = " ".join(f"{key} {value:.4g}" for key, value in line.items())
-        print(f"{self.stage} {self.step}/{steps} {text} {pace:.2f} s/step, {left / 60:.0f} min left",
-              flush=True)
+        print(f"{self.stage} {self.step}/{steps} {text} {pace:.2f} s/step, "
+              f"{left / 60:.0f} min left", flush=True)
         self.write_log({"stage": self.stage, "step": self.step, **line, "seconds": seconds,
                         "seconds_per_step": pace})
 
@@ -447,7 +450,7 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self):
-        """A fixed-seed held-out sample with the averaged weights, as val_STAGE_STEP.png and a line."""
+        """A fixed-seed held-out sample with the averaged weights: val_STAGE_STEP.png, a line."""
         averaged = build_models(self.models.config).to(self.device)
         for name, network in averaged.networks.items():
             network.load_state_dict(self.average[name])
@@ -458,14 +461,14 @@ class Trainer:
         batch = to_device(batch, self.device)
         with self.autocast:
             video = self.validation_video(averaged, batch)
-        moving = moving_psnr(video, batch["video"]), moving_psnr(batch["video"][:, :, :, :1].expand_as(
-            video), batch["video"])
+        still = batch["video"][:, :, :, :1].expand_as(video)
+        moving = moving_psnr(video, batch["video"]), moving_psnr(still, batch["video"])
         rows = [film_strip(clip[0, view]) for view in range(video.shape[1])
                 for clip in (batch["video"], video)]
         name = f"val_{self.stage}_{self.step}.png"
         iio.imwrite(self.out / name, torch.cat(rows).cpu().numpy())
-        print(f"  {name}: {moving[0]:.2f} dB in moving pixels (first frame repeated {moving[1]:.2f})",
-              flush=True)
+        print(f"  {name}: {moving[0]:.2f} dB in moving pixels (first frame repeated "
+              f"{moving[1]:.2f})", flush=True)
         self.write_log({"stage": self.stage, "step": self.step, "moving_psnr": moving[0],
                         "baseline_psnr": moving[1]})
 
@@ -512,14 +515,14 @@ def make_recipe(settings):
 
 
 def make_config(preset, recipe):
-    """What a checkpoint must know to build its networks and to sample: plain numbers and strings."""
+    """What a checkpoint must know to build its networks and to sample: numbers and strings."""
     shape = {key: recipe[key] for key in ("frames", "views", "tracks")}
     return dict(preset=preset, size=list(recipe["size"]), **shape, vae=PRESETS[preset]["vae"],
                 mjd=PRESETS[preset]["mjd"], dpa=recipe["dpa"])
 
 
 def write_atomically(path, state):
-    """torch.save under a temporary name, flushed, then renamed: a file is old or new, never half."""
+    """torch.save under a temporary name, flushed, renamed: a file is old or new, never half."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
@@ -528,8 +531,8 @@ def write_atomically(path, state):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"could not write {path} ({error}): free some space or give another --out; "
-                         "the file from before is untouched") from None
+        raise ValueError(f"could not write {path} ({error}): free some space or give another "
+                         "--out; the file from before is untouched") from None
     finally:
         temporary.unlink(missing_ok=True)
 
