@@ -16,9 +16,9 @@ Run `python data.py` for a look at one scene (out/data.png), `python data.py --t
 for a look at the real data set.
 """
 
-import functools
 import math
 import os
+import pickle
 from pathlib import Path
 
 import torch
@@ -275,80 +275,69 @@ def film_strip(video, frames=5):
     return ((strip + 1) * 127.5).round().to(torch.uint8)
 
 
-# ------------------------------------------------------------- the synthetic world: its words
+# ------------------------------------------------------------------------- the synthetic world
 
-ACTIONS = {  # action: (tools, targets); every combination is a triplet
-    "stir": ("spoon ladle spatula", "bowl pan cup kettle"),
-    "scrape off": ("spatula knife spoon", "plate pan box"),
-    "cut": ("knife spatula", "plate box pan"),
-    "brush": ("brush roller", "plate box pan bowl"),
-    "hit": ("hammer spoon brush ladle", "box plate kettle pan"),
-    "pour in some": ("spoon ladle", "bowl cup pan plate kettle"),
-    "smear": ("brush knife roller", "plate box pan"),
-    "skim off": ("ladle spoon spatula", "bowl pan"),
-    "dust": ("brush roller", "box kettle plate"),
-    "screw": ("screwdriver", "box kettle pan cup"),
-    "empty": ("spoon ladle spatula", "cup bowl"),
+ACTIONS = {  # tools, targets (every pair makes a triplet), pairs that are kept out of training
+    "stir": ("spoon ladle spatula", "bowl pan cup kettle", "spatula-bowl"),
+    "scrape off": ("spatula knife spoon", "plate pan box", "spoon-plate"),
+    "cut": ("knife spatula", "plate box pan", "knife-box"),
+    "brush": ("brush roller", "plate box pan bowl", "brush-pan"),
+    "hit": ("hammer spoon brush ladle", "box plate kettle pan", "hammer-plate spoon-kettle"),
+    "pour in some": ("spoon ladle", "bowl cup pan plate kettle", "ladle-cup"),
+    "smear": ("brush knife roller", "plate box pan", "roller-box"),
+    "skim off": ("ladle spoon spatula", "bowl pan", "spoon-pan"),
+    "dust": ("brush roller", "box kettle plate", "brush-box"),
+    "screw": ("screwdriver", "box kettle pan cup", "screwdriver-kettle"),
+    "empty": ("spoon ladle spatula", "cup bowl", "spoon-bowl"),
 }
-UNSEEN = {  # (action, tool, target) kept out of training
-    ("stir", "spatula", "bowl"), ("scrape off", "spoon", "plate"), ("cut", "knife", "box"),
-    ("brush", "brush", "pan"), ("hit", "hammer", "plate"), ("pour in some", "ladle", "cup"),
-    ("smear", "roller", "box"), ("skim off", "spoon", "pan"), ("dust", "brush", "box"),
-    ("screw", "screwdriver", "kettle"), ("empty", "spoon", "bowl"), ("hit", "spoon", "kettle")}
-TRIPLETS = [(action, tool, target) for action, (tools, targets) in ACTIONS.items()
+TRIPLETS = [(action, tool, target) for action, (tools, targets, _) in ACTIONS.items()
             for tool in tools.split() for target in targets.split()]
-
-
-def ease(s):
-    """A smooth step from 0 to 1."""
-    return s.clamp(0, 1) ** 2 * (3 - 2 * s.clamp(0, 1))
+UNSEEN = {(action, *pair.split("-")) for action, (*_, pairs) in ACTIONS.items()
+          for pair in pairs.split()}
 
 
 def motion(action, s, r, drop):
-    """The rigid motion an action word means. All curves start at zero: frame 0 tells nothing.
+    """The rigid motion an action word means. All curves start at 0: frame 0 tells nothing.
 
-    s (N,) phase in [0,1]; r (m) radius of the work; drop (m) from the start pose to contact.
-    Returns the tool's shift (N,3) forward, left, up (m), its turn (N,3) about handle, left, up
-    (rad), and of the target (N,3) the lift (m), tilt to the tool and turn about up (rad).
+    s (N,) phase 0..1; r (m) radius of the work; drop (m) from start to contact. Returns (N,3) each:
+    the tool's shift forward, left, up (m); its turn about handle, left, up (rad); the target's
+    lift (m), tilt to the tool and turn about up (rad).
     """
-    o, w, down, go = 0 * s, 2 * math.pi * s, -drop * ease(3 * s), ease(4 * s)
-    late = ease(2.2 * s - .8)
-    curves = {
-        "stir": ((r * go * (1.3 * w).cos(), r * go * (1.3 * w).sin(), down),
-                 (.25 * go * (1.3 * w).sin(), .2 * go * (1.3 * w).cos(), o), (o, .1 * go, o)),
-        "scrape off": ((.85 * r * ((1.5 * w).cos() - 1) + .8 * r * go, o,
-                        down + .03 * (1.5 * w).sin().clamp(max=0) ** 2),
-                       (o, -.45 * go, o), (.01 * go, .35 * ease(2 * s), o)),
-        "cut": ((.055 * (1.75 * w).sin() - .02 * s, .02 * s, .5 * down - .5 * drop * s),
-                (o, .35 * (1.75 * w).sin(), o), (o, o, o)),
-        "brush": ((r * (1.2 * s - .2) * go, 1.5 * r * (2 * w).sin() * go, down),
-                  (.45 * (2 * w).sin(), o, .4 * (2 * w).sin()), (o, o, -.7 * ease(s))),
-        "hit": ((-.02 * w.sin() ** 2, o, .03 * w.sin() ** 2 - drop * (w / 2).sin() ** 2),
-                (o, .15 * go - .75 * w.sin() ** 2, o), (o, o, -.15 * w.sin() ** 2)),
-        "pour in some": ((.02 * go, -.03 * go, .05 * ease(2 * s) - .03 * ease(2 * s - 1)),
-                         (-1.7 * ease(1.6 * s - .3), o, o),
-                         (.015 * ease(2 * s), .35 * ease(2 * s), o)),
-        "smear": ((r * go - 2 * r * ease(s), 1.1 * r * go * (1.5 * w).sin(), down),
-                  (o, -.25 * go, .5 * go * (1.5 * w).cos()), (o, o, .6 * ease(s))),
-        "skim off": ((.5 * r * w.sin(), 2.6 * r * ease(1.5 * s - .4) - r * go,
-                      down * (1 - ease(3 * s - 1.6)) + .03 * ease(3 * s - 1.8)),
-                     (.9 * ease(2 * s - .7), o, o), (o, o, .3 * ease(s))),
-        "dust": ((.4 * r * w.sin(), 1.6 * r * (.75 * w).sin(),
-                  .8 * down + .05 * (2 * w).sin() ** 2),
-                 (.3 * (.75 * w).sin(), .5 * (2 * w).sin() ** 2, o), (o, o, .9 * ease(s))),
-        "screw": ((-.02 * go, o, .8 * down - .2 * drop * s),
-                  (-.3 * go, .6 * go, -1.5 * go * (.75 * w).sin()),
-                  (o, o, .2 * (.75 * w).sin())),
-        "empty": ((-.07 * late, -.06 * late,
-                   .7 * down * (1 - ease(3 * s - 1)) + .05 * ease(2 * s - .7)),
-                  (-.5 * go, .3 * go, o),
-                  (.05 * ease(2 * s - .4), 1.1 * ease(1.7 * s - .6), o)),
-    }
-    return [torch.stack(three, -1) for three in curves[action]]
+    def ease(speed, late=0):
+        t = (speed * s - late).clamp(0, 1)
+        return t ** 2 * (3 - 2 * t)
+    w = 2 * math.pi * s
+    sin, cos = (lambda cycles: (cycles * w).sin()), (lambda cycles: (cycles * w).cos())
+    down, go, out = -drop * ease(3), ease(4), ease(2.2, .8)
+    curves = {  # shift forward, left, up; turn about handle, left, up; lift, tilt, turn
+        "stir": (r * go * cos(1.3), r * go * sin(1.3), down,
+                 .25 * go * sin(1.3), .2 * go * cos(1.3), 0, 0, .1 * go, 0),
+        "scrape off": (.85 * r * (cos(1.5) - 1) + .8 * r * go, 0,
+                       down + .03 * sin(1.5).clamp(max=0) ** 2, 0, -.45 * go, 0,
+                       .01 * go, .35 * ease(2), 0),
+        "cut": (.055 * sin(1.75) - .02 * s, .02 * s, .5 * down - .5 * drop * s,
+                0, .35 * sin(1.75), 0, 0, 0, 0),
+        "brush": (r * (1.2 * s - .2) * go, 1.5 * r * sin(2) * go, down,
+                  .45 * sin(2), 0, .4 * sin(2), 0, 0, -.7 * ease(1)),
+        "hit": (-.02 * sin(1) ** 2, 0, .03 * sin(1) ** 2 - drop * sin(.5) ** 2,
+                0, .15 * go - .75 * sin(1) ** 2, 0, 0, 0, -.15 * sin(1) ** 2),
+        "pour in some": (.02 * go, -.03 * go, .05 * ease(2) - .03 * ease(2, 1),
+                         -1.7 * ease(1.6, .3), 0, 0, .015 * ease(2), .35 * ease(2), 0),
+        "smear": (r * go - 2 * r * ease(1), 1.1 * r * go * sin(1.5), down,
+                  0, -.25 * go, .5 * go * cos(1.5), 0, 0, .6 * ease(1)),
+        "skim off": (.5 * r * sin(1), 2.6 * r * ease(1.5, .4) - r * go, down * (1 - ease(3, 1.6))
+                     + .03 * ease(3, 1.8), .9 * ease(2, .7), 0, 0, 0, 0, .3 * ease(1)),
+        "dust": (.4 * r * sin(1), 1.6 * r * sin(.75), .8 * down + .05 * sin(2) ** 2,
+                 .3 * sin(.75), .5 * sin(2) ** 2, 0, 0, 0, .9 * ease(1)),
+        "screw": (-.02 * go, 0, .8 * down - .2 * drop * s,
+                  -.3 * go, .6 * go, -1.5 * go * sin(.75), 0, 0, .2 * sin(.75)),
+        "empty": (-.07 * out, -.06 * out, .7 * down * (1 - ease(3, 1)) + .05 * ease(2, .7),
+                  -.5 * go, .3 * go, 0, .05 * ease(2, .4), 1.1 * ease(1.7, .6), 0)}
+    return torch.stack([curve + 0 * s for curve in curves[action]]).unflatten(0, (3, 3)).mT
 
 
-# ------------------------------------------------- its shapes: clipped quadrics of revolution
-# A quadric is (a, b, c, low, high): x^2 + y^2 = a + b z + c z^2 for low <= z <= high, in metres.
+# Shapes are quadrics of revolution (a, b, c, low, high), in metres:
+# x^2 + y^2 = a + b z + c z^2 for low <= z <= high; and one cube.
 
 def cone(r0, r1, z0, z1):
     """Radius linear in z."""
@@ -372,42 +361,37 @@ def disc(z, r, inner=0.0):
     return -50 * z, 50, 0, z + (inner * inner / 50 if inner else -1e-4), z + r * r / 50
 
 
-def handle(r, end=0.065):
-    """The part of a tool that the hand holds; origin in the grip, z to the head."""
-    return [(cone(r * .9, r, -.06, end), 0), (ball(r), 0, (0, 0, end)),
-            (ball(r * .9), 0, (0, 0, -.06))]
-
-
-BOX = (1, 0, 0, -1, 1)                # a cube; its half sizes are the scale
-NOWHERE = (ball(.001), 0, (0, 0, 99))       # fills up a table of pieces
-ALONG_X, ALONG_Y, STRAIGHT = (0, math.pi / 2, 0), (-math.pi / 2, 0, 0), (0, 0, 0)
-# Pieces: (shape, paint, place, axis-angle turn, scale), the last three optional.
-TOOLS = {  # (radius of the handle, z of the working tip, pieces)
-    "spatula": (.011, .205, [*handle(.011), (cone(.005, .004, .06, .15), 1),
-                             (BOX, 1, (0, -.004, .175), (.2, 0, 0), (.034, .0022, .04))]),
-    "knife": (.011, .195, [*handle(.011), (BOX, 1, (0, -.006, .135), STRAIGHT, (.0016, .017, .068)),
-                           (BOX, 0, (0, -.002, .068), STRAIGHT, (.006, .018, .004))]),
-    "spoon": (.008, .165, [*handle(.008, .05), (cone(.007, .005, .05, .125), 0),
-                           (ball(1), 1, (0, 0, .15), (.25, 0, 0), (.024, .008, .033))]),
-    "ladle": (.009, .165, [*handle(.009), (cone(.006, .005, .06, .14), 1),
-                           (bowl(.002, .034, -.034, 0), 1, (0, .016, .155), (-1.1, 0, 0)),
-                           (disc(-.008, .031), 1, (0, .016, .155), (-1.1, 0, 0))]),
-    "brush": (.011, .175, [*handle(.011, .08),
-                           (BOX, 0, (0, 0, .12), STRAIGHT, (.03, .009, .04)),
-                           (BOX, 1, (0, -.02, .125), STRAIGHT, (.027, .016, .034))]),
-    "hammer": (.013, .155, [*handle(.013, .06), (cone(.011, .010, .06, .15), 0),
-                            (cone(.017, .017, -.045, .045), 1, (0, 0, .15), ALONG_Y),
-                            (disc(-.045, .017), 1, (0, 0, .15), ALONG_Y)]),
-    "roller": (.012, .17, [*handle(.012), (cone(.004, .004, .06, .16), 1),
-                           (cone(.023, .023, -.05, .05), 1, (0, 0, .165), ALONG_X),
-                           (disc(-.05, .023), 0, (0, 0, .165), ALONG_X)]),
-    "screwdriver": (.014, .175, [*handle(.014, .05), (cone(.005, .004, .05, .155), 1),
-                                 (BOX, 1, (0, 0, .165), STRAIGHT, (.005, .0016, .012))]),
+BOX = (1, 0, 0, -1, 1)                     # the cube; its half sizes are the scale
+ONE, ALONG_X, ALONG_Y = (1, 1, 1), (0, math.pi / 2, 0), (-math.pi / 2, 0, 0)
+# Pieces: (shape, paint, place, scale, axis-angle turn), the last three optional.
+TOOLS = {  # radius of the handle, z of its end and of the working tip, pieces but the handle
+    "spatula": (.011, .065, .205, [
+        (cone(.005, .004, .06, .15), 1),
+        (BOX, 1, (0, -.004, .175), (.034, .0022, .04), (.2, 0, 0))]),
+    "knife": (.011, .065, .195, [
+        (BOX, 1, (0, -.006, .135), (.0016, .017, .068)),
+        (BOX, 0, (0, -.002, .068), (.006, .018, .004))]),
+    "spoon": (.008, .05, .165, [
+        (cone(.007, .005, .05, .125), 0),
+        (ball(1), 1, (0, 0, .15), (.024, .008, .033), (.25, 0, 0))]),
+    "ladle": (.009, .065, .165, [(cone(.006, .005, .06, .14), 1),
+        (bowl(.002, .034, -.034, 0), 1, (0, .016, .155), ONE, (-1.1, 0, 0)),
+        (disc(-.008, .031), 1, (0, .016, .155), ONE, (-1.1, 0, 0))]),
+    "brush": (.011, .08, .175, [
+        (BOX, 0, (0, 0, .12), (.03, .009, .04)), (BOX, 1, (0, -.02, .125), (.027, .016, .034))]),
+    "hammer": (.013, .06, .155, [(cone(.011, .010, .06, .15), 0),
+        (cone(.017, .017, -.045, .045), 1, (0, 0, .15), ONE, ALONG_Y),
+        (disc(-.045, .017), 1, (0, 0, .15), ONE, ALONG_Y)]),
+    "roller": (.012, .065, .17, [(cone(.004, .004, .06, .16), 1),
+        (cone(.023, .023, -.05, .05), 1, (0, 0, .165), ONE, ALONG_X),
+        (disc(-.05, .023), 0, (0, 0, .165), ONE, ALONG_X)]),
+    "screwdriver": (.014, .05, .175, [
+        (cone(.005, .004, .05, .155), 1), (BOX, 1, (0, 0, .165), (.005, .0016, .012))]),
 }
 SIDE, RIM = ((0, 0, 1), (-1, 0, 0)), ((.5, .85, 0), (-.2, -.1, 1))
 TARGETS = {
-    # (z of contact, z of the top, reach, left grip, pieces); the grip is (place, (axis, back of
-    # the hand), radius, closure) of a right hand and gets mirrored, hence the negative x
+    # z of contact and top, reach, left grip, pieces; the grip is (place, (axis, back of the
+    # hand), radius, closure) of a right hand and gets mirrored, hence the negative x
     "bowl": (.044, .068, .030, ((0, .012, .046), SIDE, .068, 1.), [
         (bowl(.036, .08, .004, .068), 0), (bowl(.030, .074, .008, .068), 1),
         (disc(.0665, .08, .074), 0), (disc(.03, .0565), 2), (cone(.038, .034, 0, .006), 0)]),
@@ -415,40 +399,42 @@ TARGETS = {
         (bowl(.05, .1, .001, .02), 0), (bowl(.048, .1, .004, .0205), 1), (disc(.006, .055), 2)]),
     "pan": (.012, .045, .045, ((-.15, .045, .05), ((.94, -.28, -.1), (0, .1, 1)), .012, 1.), [
         (cone(.075, .09, .0, .042), 0), (cone(.072, .087, .004, .042), 1), (disc(.008, .074), 2),
-        (disc(.0415, .09, .086), 0), (cone(.010, .012, .08, .21), 3, (0, 0, .04), (-.2, 1.62, 0)),
+        (disc(.0415, .09, .086), 0),
+        (cone(.010, .012, .08, .21), 3, (0, 0, .04), ONE, (-.2, 1.62, 0)),
         (ball(.012), 3, (.206, .041, .03))]),
     "cup": (.055, .095, .02, ((0, .006, .05), SIDE, .043, 1.), [
         (cone(.036, .043, 0, .095), 0), (cone(.033, .040, .004, .095), 1),
         (disc(.0945, .043, .04), 0), (disc(.065, .0375), 2),
         (cone(.006, .006, -.022, .022), 0, (-.066, -.02, .055)),
-        (cone(.006, .006, 0, .03), 0, (-.038, -.012, .077), (.38, -1.52, 0)),
-        (cone(.006, .006, 0, .03), 0, (-.038, -.012, .033), (.38, -1.52, 0)),
+        (cone(.006, .006, 0, .03), 0, (-.038, -.012, .077), ONE, (.38, -1.52, 0)),
+        (cone(.006, .006, 0, .03), 0, (-.038, -.012, .033), ONE, (.38, -1.52, 0)),
         (ball(.006), 0, (-.066, -.02, .077)), (ball(.006), 0, (-.066, -.02, .033))]),
     "box": (.075, .075, .045, ((-.045, .02, .055), RIM, .02, .25), [
-        (BOX, 0, (0, 0, .036), (0, 0, .12), (.08, .055, .036)),
-        (BOX, 1, (0, 0, .0365), (0, 0, .12), (.012, .0555, .0365)),
-        (BOX, 2, (-.04, -.03, .0725), (0, 0, .12), (.02, .012, .0004))]),
+        (BOX, 0, (0, 0, .036), (.08, .055, .036), (0, 0, .12)),
+        (BOX, 1, (0, 0, .0365), (.012, .0555, .0365), (0, 0, .12)),
+        (BOX, 2, (-.04, -.03, .0725), (.02, .012, .0004), (0, 0, .12))]),
     "kettle": (.082, .10, .022, ((-.098, .035, .06), SIDE, .010, 1.), [
-        (ball(1, .88), 0, (0, 0, .05), STRAIGHT, (.075, .075, .05)),
-        (cone(.036, .039, .093, .101), 1), (disc(.078, .056), 2),
-        (cone(.016, .008, 0, .07), 0, (-.055, -.03, .05), (.45, -.85, 0)),
-        (cone(.009, .009, -.035, .035), 3, (.098, .035, .06)),
-        (ball(.009), 3, (.098, .035, .095)), (ball(.009), 3, (.098, .035, .025)),
-        (cone(.008, .008, 0, .05), 3, (.052, .019, .083), (-.35, 1.3, 0))]),
+        (ball(1, .88), 0, (0, 0, .05), (.075, .075, .05)), (cone(.036, .039, .093, .101), 1),
+        (disc(.078, .056), 2),
+        (cone(.016, .008, 0, .07), 0, (-.055, -.03, .05), ONE, (.45, -.85, 0)),
+        (cone(.009, .009, -.035, .035), 3, (.098, .035, .06)), (ball(.009), 3, (.098, .035, .095)),
+        (ball(.009), 3, (.098, .035, .025)),
+        (cone(.008, .008, 0, .05), 3, (.052, .019, .083), ONE, (-.35, 1.3, 0))]),
 }
-TABLE_TOP = [(BOX, 0, (0, 0, -.05), STRAIGHT, (4, 4, .05))]
-# Every scene's table of pieces has the same rows: right hand, left hand, quadrics of tool and
-# target, then the boxes of tool, target and table (the last row, and the only background).
-QUADRICS, BOXES = (6, 9, 0), (2, 3, 1)
-FIRST_BOX, TABLE_ROW = 105, 110
+# Every scene's table of pieces has the same rows, so that scenes can be rendered in one batch:
+# 45 of the right hand, 45 of the left, quadrics and boxes of tool and target, the table top.
+TOOL_ROWS, TARGET_ROWS, TABLE_ROW = (6, 2), (9, 3), 110
+PART = torch.tensor([0] * 45 + [1] * 45 + [2] * 8 + [3] * 12)
+IS_BOX = torch.tensor([False] * 96 + [True] * 2 + [False] * 9 + [True] * 4)
+SHADOW_SIDE, SHARP = 96, 130.0      # pixels of the shadow maps, their exponent (1/m)
+# Samples of a pixel (u and v from its centre): the centre and a rotated grid.
+SAMPLES = torch.tensor([[0, .125, -.125, .375, -.375], [0, .375, -.375, -.125, .125]])
 
 
 def rotation(axis_angle):
     """Axis-angle (...,3) in radians -> rotation matrices (...,3,3)."""
-    x, y, z = axis_angle.unbind(-1)
-    o = torch.zeros_like(x)
-    skew = torch.stack([o, -z, y, z, o, -x, -y, x, o], -1).unflatten(-1, (3, 3))
-    return torch.linalg.matrix_exp(skew)
+    axes = torch.eye(3).expand(*axis_angle.shape, 3)
+    return torch.linalg.matrix_exp(torch.linalg.cross(axis_angle[..., None, :], axes).mT)
 
 
 def frame(z, up):
@@ -458,34 +444,33 @@ def frame(z, up):
     return torch.stack([x, torch.linalg.cross(z, x), z], -1)
 
 
-def rigid(pieces, boxes, count, turn, origin, size, paints):
-    """`count` rows of pieces (boxes or quadrics) moved by turn (N,3,3), origin (N,3), size."""
-    pieces = [p for p in pieces if (p[0] == BOX) == boxes]
-    if not count:
-        return []
-    default = ((0, 0, 0), (0, 0, 0), (1, 1, 1))
-    rows = [(*p, *default[len(p) - 2:]) for p in pieces + [NOWHERE] * (count - len(pieces))]
-    shape, paint, at, tilt, scale = (torch.tensor(x, dtype=torch.float32) for x in zip(*rows))
+def rigid(pieces, rows, turn, origin, size, paints):
+    """Rows (quadrics, boxes) of one object's pieces, moved by turn (N,3,3), origin (N,3), size."""
+    table, nowhere = [], (ball(.001), 0, (0, 0, 99))                # fills up the rows
+    for boxes, count in enumerate(rows):
+        kind = [piece for piece in pieces if (piece[0] == BOX) == boxes]
+        table += kind + [nowhere] * (count - len(kind))
+    default = ((0, 0, 0), ONE, (0, 0, 0))
+    table = [(*piece, *default[len(piece) - 2:]) for piece in table]
+    shape, paint, at, scale, tilt = (torch.tensor(x, dtype=torch.float32) for x in zip(*table))
     places = origin[:, None] + size * torch.einsum("nij,pj->npi", turn, at)
-    return [(turn[:, None] @ rotation(tilt), places, scale * size, shape, paints[paint.long()])]
+    return turn[:, None] @ rotation(tilt), places, scale * size, shape, paints[paint.long()]
 
 
-# -------------------------------------------------------------------------------- its hands
-
+# The right hand, in metres from the wrist: x to the fingers, y to the thumb, z to the back.
 KNUCKLES = torch.tensor([[.093, .030, .000], [.097, .009, .003], [.091, -.012, .001],
-                         [.081, -.031, -.004]])        # index to little finger, from the wrist
-BONES = torch.tensor([[.043, .047, .043, .034], [.026, .030, .028, .021],
-                      [.021, .022, .022, .019]])       # lengths of the phalanges
+                         [.081, -.031, -.004]])                          # index to little finger
+BONES = torch.tensor([[.043, .047, .043, .034], [.026, .030, .028, .021], [.021, .022, .022, .019]])
 WIDTHS = torch.tensor([[.0105, .0107, .0102, .0092], [.0092, .0094, .0090, .0080],
                        [.0083, .0085, .0080, .0072], [.0072, .0074, .0070, .0064]])
-PALM = torch.tensor([[.017, .0118]] * 4 + [[.0165, .0135], [.0125, .0105], [.0105, .0088]])
-RADII = torch.cat([torch.stack([WIDTHS[:-1].flatten(), WIDTHS[1:].flatten()], -1), PALM])
+RADII = torch.cat([torch.stack([WIDTHS[:-1].flatten(), WIDTHS[1:].flatten()], -1), torch.tensor(
+    [[.017, .0118]] * 4 + [[.0165, .0135], [.0125, .0105], [.0105, .0088],      # palm and thumb
+                           [.0245, .030], [.039, .05]])])                       # arm and sleeve
 
 
 def finger_bends(centre, reach, slope, closure):
     """Bends (3,4) of the finger joints that lay each phalanx as a tangent to the held rod."""
-    dx = centre[0] + slope * KNUCKLES[:, 1] - KNUCKLES[:, 0]
-    dz = KNUCKLES[:, 2] - centre[2]
+    dx, dz = centre[0] + slope * KNUCKLES[:, 1] - KNUCKLES[:, 0], KNUCKLES[:, 2] - centre[2]
     away = (dx ** 2 + dz ** 2).sqrt().clamp(min=reach * 1.02)
     first = torch.atan2(dz, dx) - torch.asin(reach / away)
     rest = BONES[0] - (away ** 2 - reach ** 2).sqrt()             # of the bone beyond its contact
@@ -496,9 +481,8 @@ def finger_bends(centre, reach, slope, closure):
 
 def thumb_joints(centre, reach, slope):
     """Four joints (4,3): the tip lies on the rod from the wrist's side, a two-bone reach."""
-    root = torch.tensor([.022, .026, -.014])
+    root, near, far = torch.tensor([.022, .026, -.014]), .044, .054
     line = centre + torch.tensor([.042 * slope - .9 * reach, .042, -.35 * reach]) - root
-    near, far = .044, .054
     span, line = line.norm().clamp(max=near + far - .001), F.normalize(line, dim=0)
     cosine = (near ** 2 + span ** 2 - far ** 2) / (2 * near * span)
     pole = torch.tensor([-.5, 1., .1])
@@ -511,28 +495,26 @@ def thumb_joints(centre, reach, slope):
 def hand(radius, closure, flex, oblique):
     """Bones of a right hand that holds a rod of `radius` (m); flex (N,) bends all fingers (rad).
 
-    Grip frame: origin on the rod, z along it to the thumb's side, y out of the back of the hand.
-    Returns starts, ends and twist references (N,19,3) of the bones, and the wrist (1,3).
+    Returns starts, ends and twist references (N,19,3) of the bones, and the wrist (1,3): origin on
+    the rod, z along it to the thumb's side, y out of the back of the hand.
     """
-    reach, slope, frames = radius + .008, math.tan(oblique), len(flex)
+    reach, slope, every = radius + .008, math.tan(oblique), (len(flex), 4, 3)
     centre = torch.tensor([.094 + .15 * radius, 0., -.0125 - radius])
-    bend = finger_bends(centre, reach, slope, closure)
-    bend = bend.cumsum(0) + flex[:, None, None] * torch.tensor([[.4], [1.2], [2.2]])    # (N,3,4)
+    bend = finger_bends(centre, reach, slope, closure).cumsum(0)
+    bend = bend + flex[:, None, None] * torch.tensor([[.4], [1.2], [2.2]])              # (N,3,4)
     steps = torch.stack([bend.cos(), 0 * bend, -bend.sin()], -1) * BONES[..., None]
-    chain = torch.cat([KNUCKLES.expand(frames, 1, 4, 3), steps], 1).cumsum(1)
+    chain = torch.cat([KNUCKLES.expand(len(flex), 1, 4, 3), steps], 1).cumsum(1)
     roots = KNUCKLES * torch.tensor([0, .55, 0]) + torch.tensor([.02, 0, 0])
-    thumb = thumb_joints(centre, reach, slope).expand(frames, 4, 3)
-    spread = lambda x: x.expand(frames, 4, 3)
-    starts = torch.cat([chain[:, :-1].flatten(1, 2), spread(roots), thumb[:, :-1]], 1)
-    ends = torch.cat([chain[:, 1:].flatten(1, 2), spread(KNUCKLES), thumb[:, 1:]], 1)
+    thumb = thumb_joints(centre, reach, slope).expand(every)
+    starts = torch.cat([chain[:, :-1].flatten(1, 2), roots.expand(every), thumb[:, :-1]], 1)
+    ends = torch.cat([chain[:, 1:].flatten(1, 2), KNUCKLES.expand(every), thumb[:, 1:]], 1)
     twist = torch.tensor([[0., 1., 0.]] * 16 + [[0., 0., 1.]] * 3).expand_as(starts)
     c, s = math.cos(oblique), math.sin(oblique)
     to_grip = torch.tensor([[-c, 0, s], [s, 0, c], [0, 1, 0]])
-    wrist = -centre[None]
-    return [x @ to_grip for x in (starts - centre, ends - centre, twist, wrist)]
+    return [x @ to_grip for x in (starts - centre, ends - centre, twist, -centre[None])]
 
 
-def limb(bones, turn, origin, elbow, size, skin, sleeve):
+def limb(bones, turn, origin, elbow, size, paints):
     """Rows of pieces of a hand, its forearm and its sleeve, moved by turn (N,3,3), origin (N,3).
 
     Every bone is a rounded cone: the frustum that touches two balls, and the ball at its end.
@@ -543,22 +525,18 @@ def limb(bones, turn, origin, elbow, size, skin, sleeve):
     starts = torch.cat([starts, wrist - .012 * arm, wrist + .08 * arm], 1)
     ends = torch.cat([ends, wrist + .12 * arm, wrist + .34 * arm], 1)
     twist = torch.cat([twist, torch.tensor([0., 0., 1.]).expand(len(turn), 2, 3)], 1)
-    r0, r1 = (torch.cat([RADII, torch.tensor([[.0245, .030], [.039, .05]])]) * size).unbind(-1)
+    r0, r1 = (RADII * size).unbind(-1)
     length = (ends - starts)[0].norm(dim=-1)
     sine = (r0 - r1) / length
     cos2, o = 1 - sine ** 2, 0 * sine
     side = [r0 ** 2 / cos2, -2 * r0 * sine / cos2, sine ** 2 / cos2, r0 * sine, length + r1 * sine]
-    first = torch.tensor([19, 12, 16])             # wrist, palm and thumb also begin with a ball
-    balls = [torch.stack([r * r, o, o - 1, -r, r], -1) for r in (r1, r0)]
-    poses = frame(ends - starts, twist)
-    paint = torch.cat([skin.expand(20, -1), sleeve])
-    return (torch.cat([poses, poses, poses[:, first]], 1),
-            torch.cat([starts, ends, starts[:, first]], 1), torch.ones(45, 3),
-            torch.cat([torch.stack(side, -1), balls[0], balls[1][first]]),
-            torch.cat([paint, paint, paint[first]]))
+    tips, balls = (torch.stack([r * r, o, o - 1, -r, r], -1) for r in (r1, r0))
+    first = [19, 12, 16]                           # wrist, palm and thumb also begin with a ball
+    again = [*range(21), *range(21), *first]
+    return (frame(ends - starts, twist)[:, again], torch.cat([starts, ends, starts[:, first]], 1),
+            torch.ones(45, 3), torch.cat([torch.stack(side, -1), tips, balls[first]]),
+            paints[[0] * 20 + [1]][again])
 
-
-# ------------------------------------------------------------------------- laying out a scene
 
 def mixed(a, b, share):
     """Colour between a and b."""
@@ -568,65 +546,60 @@ def mixed(a, b, share):
 def hue(draw, low, high, grey=0.0):
     """A random colour of a value in [low, high], pulled towards grey."""
     angle, value = draw(0, 2 * math.pi), draw(low, high)
-    tint = [.625 + .375 * math.cos(angle - shift) for shift in (0, 2.1, 4.2)]
-    return [value * (grey + (1 - grey) * t) for t in tint]
-
-
-def paint(dark, light, stripes=(0, 0, 0), rings=0.0, warp=1.0, speckle=.3, gloss=.2):
-    """A row of paint: two colours, stripes and rings (rad/m), their warp, speckle, gloss."""
-    return [*dark, *light, *stripes, rings, warp, speckle, gloss]
+    return [value * (grey + (1 - grey) * (.625 + .375 * math.cos(angle - shift)))
+            for shift in (0, 2.1, 4.2)]
 
 
 def object_paints(draw):
-    """Paints of tool (2,13) and target (4,13)."""
+    """Paints of the tool (2,13): handle, head; and the target (4,13): outside, inside, food, grip.
+
+    A row of paint: two colours, stripes along x y z and rings (rad/m), their warp, speckle, gloss.
+    """
     metal = mixed((.45, .46, .5), (.72, .72, .7), draw(0, 1))
     wood = mixed((.45, .27, .13), (.72, .52, .30), draw(0, 1))
     grip = wood if draw(0, 1) < .5 else hue(draw, .15, .6)
-    tool = [paint(grip, mixed(grip, (0, 0, 0), .55), (0, 0, draw(180, 300)), warp=.5, gloss=.3),
-            paint(metal, mixed(metal, hue(draw, .15, .9), .5),
-                  (draw(100, 250), 0, draw(100, 250)), gloss=.9)]
+    tool = [[*grip, *mixed(grip, (0, 0, 0), .55), 0, 0, draw(180, 300), 0, .5, .3, .3],
+            [*metal, *mixed(metal, hue(draw, .15, .9), .5), draw(100, 250), 0, draw(100, 250),
+             0, 1, .3, .9]]
     body, band = hue(draw, .35, .95, .25), hue(draw, .2, .9)
     food = mixed((.85, .55, .12), (.75, .2, .1), draw(0, 1))
     food = food if draw(0, 1) < .7 else hue(draw, .4, .8)
-    target = [paint(body, band, (0, 0, draw(120, 330)), warp=draw(0, 1.5), gloss=.7),
-              paint(mixed(body, (1, 1, 1), .5), band, rings=draw(150, 350), warp=draw(0, 1),
-                    gloss=.6),
-              paint(food, mixed(food, (.95, .9, .7), .6), (draw(100, 260), draw(100, 260), 0),
-                    warp=2.5, speckle=.8, gloss=.4),
-              paint((.08, .08, .09), (.2, .17, .15), (150, 0, 150))]
+    target = [[*body, *band, 0, 0, draw(120, 330), 0, draw(0, 1.5), .3, .7],
+              [*mixed(body, (1, 1, 1), .5), *band, 0, 0, 0, draw(150, 350), draw(0, 1), .3, .6],
+              [*food, *mixed(food, (.95, .9, .7), .6), draw(100, 260), draw(100, 260), 0,
+               0, 2.5, .8, .4],
+              [.08, .08, .09, .2, .17, .15, 150, 0, 150, 0, 1, .3, .2]]
     return torch.tensor(tool), torch.tensor(target)
 
 
 def person_and_table_paints(draw):
-    """Paints (1,13) of skin, sleeves and a table of wood, striped cloth or stone."""
+    """Paints of skin and sleeves (2,13) and of a table (1,13) of wood, striped cloth or stone."""
     tone = mixed((.90, .64, .50), (.42, .25, .17), draw(0, 1) ** 1.5)
-    skin = paint(tone, mixed(tone, (.75, .28, .22), .3), (90, 70, 110), warp=2.5, speckle=.5,
-                 gloss=.12)
+    skin = [*tone, *mixed(tone, (.75, .28, .22), .3), 90, 70, 110, 0, 2.5, .5, .12]
     cloth = hue(draw, .2, .85, .2)
-    sleeve = paint(cloth, mixed(cloth, (1, 1, 1), .35), (0, 0, draw(120, 260)), gloss=0.)
+    sleeve = [*cloth, *mixed(cloth, (1, 1, 1), .35), 0, 0, draw(120, 260), 0, 1, .3, 0]
     kinds = [(mixed((.50, .32, .18), (.78, .60, .40), draw(0, 1)), draw(110, 190), 1.1, .25),
              (hue(draw, .4, .85, .4), draw(160, 260), .2, .15),
              (hue(draw, .3, .75, .85), 60, 2.5, .4)]
     colour, waves, warp, speckle = kinds[int(4 * draw(0, 1)) % 3]
-    angle = draw(-.6, .6)
-    table = paint(colour, mixed(colour, (.1, .07, .05), draw(.2, .45)),
-                  (waves * math.sin(angle), waves * math.cos(angle), 0), 0., warp, speckle, .1)
-    return [torch.tensor([row]) for row in (skin, sleeve, table)]
+    angle, dark = draw(-.6, .6), mixed(colour, (.1, .07, .05), draw(.2, .45))
+    x, y = waves * math.sin(angle), waves * math.cos(angle)
+    table = [*colour, *dark, x, y, 0, 0, warp, speckle, .1]
+    return torch.tensor([skin, sleeve]), torch.tensor([table])
 
 
 def look(eye, aim, focal, size):
     """Intrinsics (3,3) and extrinsics (4,4) of a camera at `eye` (3,) that looks at `aim` (3,)."""
-    turn = frame(aim - eye, torch.tensor([0., 0., -1.])).T
-    extrinsics = torch.eye(4)
+    turn, extrinsics = frame(aim - eye, torch.tensor([0., 0., -1.])).T, torch.eye(4)
     extrinsics[:3, :3], extrinsics[:3, 3] = turn, -turn @ eye
     return torch.tensor([[focal, 0, size[1] / 2], [0, focal, size[0] / 2], [0, 0, 1]]), extrinsics
 
 
-def rig(draw, views, size):
+def rig(draw, views, size, sides=(-40, 0, 40)):
     """Static cameras opposite the person: left, centre, right, left, ... with jitter."""
     cameras = []
     for view in range(views):
-        side = math.radians((-40, 0, 40)[view % 3] + draw(-9, 9))
+        side = math.radians(sides[view % len(sides)] + draw(-9, 9))
         lift, distance, height = math.radians(draw(32, 48)), draw(.55, .75), draw(.25, .29)
         aim = torch.tensor([draw(-.06, -.03), draw(.01, .04), draw(.065, .085)])
         back = torch.tensor([math.sin(side) * math.cos(lift), -math.cos(side) * math.cos(lift),
@@ -635,10 +608,17 @@ def rig(draw, views, size):
     return [torch.stack(x) for x in zip(*cameras)]
 
 
+def nominal_rig(views, size, sides=(-40, 0, 40)):
+    """The world's cameras with all jitter at its middle: intrinsics (V,3,3), extrinsics (V,4,4).
+
+    size (H,W) pixels; view v stands at sides[v % len(sides)] degrees, 0 opposite the person.
+    """
+    return tuple(rig(lambda low, high: (low + high) / 2, views, size, sides))
+
+
 def tool_poses(shift, turn, start, tip, heading, dive, pivot):
     """Turns (N,3,3) and grip places (N,3) of a tool whose tip starts at `start`; see motion()."""
-    up = torch.tensor([0., 0., 1.])
-    forward = torch.tensor([math.cos(heading), -math.sin(heading), 0.])
+    up, forward = torch.tensor([[0., 0., 1.], [math.cos(heading), -math.sin(heading), 0.]])
     left, axis = torch.linalg.cross(up, forward), math.cos(dive) * forward - math.sin(dive) * up
     spin = (rotation(turn[:, 2:] * up) @ rotation(turn[:, 1:2] * left)
             @ rotation(turn[:, :1] * axis))
@@ -649,44 +629,42 @@ def tool_poses(shift, turn, start, tip, heading, dive, pivot):
 
 def lay_out(action, tool, target, draw, frames, views, size):
     """One scene: poses (N,P,3,3), places (N,P,3), scale, shape, paints (P,.), lamp, cameras."""
-    radius, tip, tool_pieces = TOOLS[tool]
-    contact, top, reach, (grip, (axis, back), rod, closure), target_pieces = TARGETS[target]
-    paints, (skin, sleeve, table) = object_paints(draw), person_and_table_paints(draw)
+    radius, end, tip, tool_pieces = TOOLS[tool]
+    contact, top, reach, (grip, axes, rod, closure), target_pieces = TARGETS[target]
+    (tool_paints, target_paints), (skin, table) = object_paints(draw), person_and_table_paints(draw)
     tool_size, target_size, hand_size = draw(.95, 1.1), draw(.92, 1.08), draw(.95, 1.08)
     base, gap = torch.tensor([draw(-.01, .03), draw(-.03, .01), 0.]), draw(.03, .04)
     up, s = torch.tensor([0., 0., 1.]), torch.linspace(0, 1, frames)
     shift, turn, move = motion(action, s, reach * target_size, gap + (top - contact) * target_size)
-    tool_pose = tool_poses(shift, turn, base + (top * target_size + gap) * up, tip * tool_size,
-                           draw(.1, .5), draw(.6, .85), pivot=action not in ("hit", "dust"))
+    tool_pose = tool_poses(shift, turn, base + (top * target_size + gap) * up,
+                           tip * tool_size, draw(.1, .5), draw(.6, .85),
+                           pivot=action not in ("hit", "dust"))
     target_turn = (rotation((move[:, 2:] + draw(-.25, .25)) * up)
                    @ rotation(move[:, 1:2] * torch.tensor([0., -1., 0.])))
     target_pose = target_turn, base + up * (move[:, :1] + .07 * move[:, 1:2].sin())
     mirror, flex = torch.tensor([-1., 1., 1.]), .12 * (2 * math.pi * s).sin()
-    grip_axes = frame(*torch.tensor([axis, back], dtype=torch.float32))
-    left_pose = (target_turn @ (mirror[:, None] * grip_axes),
+    left_pose = (target_turn @ (mirror[:, None] * frame(*torch.tensor(axes, dtype=torch.float32))),
                  target_pose[1] + target_turn @ (mirror * torch.tensor(grip) * target_size))
+    handle = [(cone(radius * .9, radius, -.06, end), 0), (ball(radius), 0, (0, 0, end)),
+              (ball(radius * .9), 0, (0, 0, -.06))]            # origin in the grip, z to the head
     parts = [limb(hand(radius * tool_size / hand_size, 1., flex, .42), *tool_pose,
-                  torch.tensor([-.30, .42, .17]), hand_size, skin, sleeve),
+                  torch.tensor([-.30, .42, .17]), hand_size, skin),
              limb(hand(rod * target_size / hand_size, closure, -.4 * flex, 0.), *left_pose,
-                  torch.tensor([.30, .40, .16]), hand_size, skin, sleeve)]
-    still = torch.eye(3).expand(frames, 3, 3), torch.zeros(frames, 3)
-    for boxes, counts in ((False, QUADRICS), (True, BOXES)):
-        parts += rigid(tool_pieces, boxes, counts[0], *tool_pose, tool_size, paints[0])
-        parts += rigid(target_pieces, boxes, counts[1], *target_pose, target_size, paints[1])
-        parts += rigid(TABLE_TOP, boxes, counts[2], *still, 1., table)
-    poses, places, scale, shape, colours = (torch.cat(x, -3 if x[0].dim() == 4 else -2)
-                                            for x in zip(*parts))
+                  torch.tensor([.30, .40, .16]), hand_size, skin),
+             rigid(handle + tool_pieces, TOOL_ROWS, *tool_pose, tool_size, tool_paints),
+             rigid(target_pieces, TARGET_ROWS, *target_pose, target_size, target_paints),
+             rigid([(BOX, 0, (0, 0, -.05), (4, 4, .05))], (0, 1),           # the table top
+                   torch.eye(3).expand(frames, 3, 3), torch.zeros(frames, 3), 1., table)]
+    scene = {key: torch.cat(rows, -3 if key == "poses" else -2)
+             for key, rows in zip(("poses", "places", "scale", "shape", "paints"), zip(*parts))}
     warmth = torch.tensor([1., 0., -1.]) * draw(-.06, .06)
-    scene = dict(poses=poses, places=places, scale=scale, shape=shape, paints=colours,
-                 sun=draw(.75, 1.) * (1 + warmth), sky=draw(.35, .5) * (1 - .5 * warmth))
+    scene |= dict(sun=draw(.75, 1.) * (1 + warmth), sky=draw(.35, .5) * (1 - .5 * warmth))
     lamp = torch.tensor([draw(-.7, .5), draw(-.7, .1), 1.1])
     lens, pose = look(lamp, torch.zeros(3), SHADOW_SIDE / .72 * lamp.norm().item(),
                       (SHADOW_SIDE, SHADOW_SIDE))
     scene |= dict(lamp=lamp, lamp_intrinsics=lens[None], lamp_extrinsics=pose[None])
     return scene | dict(zip(("intrinsics", "extrinsics"), rig(draw, views, size)))
 
-
-# --------------------------------------------------------------------------------- its rays
 
 def meet_quadric(origin, direction, shape):
     """First depth at which a ray meets x^2 + y^2 = a + b z + c z^2 inside its clips, or inf."""
@@ -706,27 +684,28 @@ def meet_quadric(origin, direction, shape):
 def meet_box(origin, direction, shape):
     """First depth at which a ray meets the cube [-1,1]^3, or inf."""
     one, two = ([(side - o) / d for o, d in zip(origin, direction)] for side in (-1, 1))
-    enter, leave = map(torch.minimum, one, two), map(torch.maximum, one, two)
-    enter, leave = functools.reduce(torch.maximum, enter), functools.reduce(torch.minimum, leave)
+    (x0, y0, z0), (x1, y1, z1) = map(torch.minimum, one, two), map(torch.maximum, one, two)
+    enter = torch.maximum(torch.maximum(x0, y0), z0)
+    leave = torch.minimum(torch.minimum(x1, y1), z1)
     return torch.where((enter < leave) & (enter > .05), enter, math.inf)
 
 
 def rectangles(scene, intrinsics, extrinsics):
     """Picture rectangles (4,P,I,1), u0 v0 u1 v1, around the pieces; I = B V N pictures."""
     a, b, c, low, high = (x[..., None] for x in scene["shape"].unbind(-1))
-    z = low + (high - low) * torch.linspace(0, 1, 5)
+    z = low + (high - low) * torch.linspace(0, 1, 5, device=low.device)
     wide = 1.03 * (a + b * z + c * z * z).amax(-1, keepdim=True).clamp(min=0).sqrt()
-    x, y, z = torch.tensor([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (0, 1)]).T
+    unit = [[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (0, 1)]
+    x, y, z = torch.tensor(unit, device=low.device).T
     corner = torch.stack([x * wide, y * wide, low + (high - low) * z], -1)
-    corner = corner * scene["scale"][:, :, None]
-    points = torch.einsum("bnpij,bpcj->bnpci", scene["poses"], corner)
-    points = points + scene["places"][..., None, :]
-    points = torch.einsum("bvij,bnpcj->bvnpci", extrinsics[..., :3, :3], points)
-    points = points + extrinsics[:, :, None, None, None, :3, 3]
-    points = torch.einsum("bvij,bvnpcj->bvnpci", intrinsics, points)
-    uv = points[..., :2] / points[..., 2:].clamp(min=.05)
-    uv = rearrange(uv, "b v n p c xy -> xy p (b v n) c")
-    return torch.cat([uv.amin(-1) - 1, uv.amax(-1) + 1])[..., None]
+    corner = torch.einsum("bnpij,bpcj->bnpci", scene["poses"], corner * scene["scale"][:, :, None])
+    corner = repeat(corner + scene["places"][..., None, :], "b n p c xyz -> (b v) n p c xyz",
+                    v=intrinsics.shape[1])
+    uv, depth = project(corner, intrinsics.flatten(0, 1), extrinsics.flatten(0, 1))
+    edges = torch.stack([uv.amin(-2) - 1, uv.amax(-2) + 1])              # (2, B V, N, P, 2)
+    beside = (depth.amin(-1) < .05) & (depth.amax(-1) > .05)         # of the camera, as the table
+    edges[0, beside], edges[1, beside] = -math.inf, math.inf
+    return rearrange(edges, "end c n p xy -> (end xy) p (c n) 1")
 
 
 def rays_of(intrinsics, extrinsics):
@@ -734,12 +713,11 @@ def rays_of(intrinsics, extrinsics):
     return camera_centres(extrinsics), extrinsics[..., :3, :3].mT @ torch.linalg.inv(intrinsics)
 
 
-def cast(scene, intrinsics, extrinsics, u, v):
-    """First hits of pixel rays; u, v (I or 1, R, S): I = B V N pictures, R rays of S samples.
+def cast(scene, intrinsics, extrinsics, uv):
+    """First hits of pixel rays; uv (2, I or 1, R, S): I = B V N pictures, R rays of S samples.
 
     Returns depth (I,R,S) in metres and the row (I,R,S) of the piece that is hit. A ray in a
-    piece's own coordinates is linear in (u, v, 1), and its parameter *is* the depth. The CPU
-    tests only the rays inside a piece's rectangle; the GPU tests all and waits for nothing.
+    piece's own coordinates is linear in (u, v, 1), and its parameter *is* the depth.
     """
     inverse = scene["poses"].mT / scene["scale"][:, None, :, :, None]           # world -> piece
     eye, across = rays_of(intrinsics, extrinsics)
@@ -748,24 +726,20 @@ def cast(scene, intrinsics, extrinsics, u, v):
     across = torch.einsum("bnpij,bvjk->pikbvn", inverse, across).flatten(3)         # (P,3,3,I)
     pictures = origin.shape[-1]
     shape = repeat(scene["shape"], "b p k -> p k (b r)", r=pictures // len(eye))
-    u, v = (x.expand(pictures, -1, -1) for x in (u, v))
+    u, v = uv.expand(-1, pictures, -1, -1)
     depth = torch.full(u.shape, math.inf, device=u.device)
     piece = torch.full(u.shape, TABLE_ROW, device=u.device)
-    cull = u.device.type == "cpu"
-    around = rectangles(scene, intrinsics, extrinsics) if cull else None
+    around = rectangles(scene, intrinsics, extrinsics)
     for row in range(TABLE_ROW + 1):
-        pick, image = ..., torch.arange(pictures, device=u.device)[:, None]
-        if cull and row < TABLE_ROW:
-            u0, v0, u1, v1 = around[:, row]
-            inside = (u[..., 0] > u0) & (u[..., 0] < u1) & (v[..., 0] > v0) & (v[..., 0] < v1)
-            pick = inside.nonzero(as_tuple=True)
-            image = pick[0]
-        o, m, form = (x[row][..., image][..., None] for x in (origin, across, shape))
+        u0, v0, u1, v1 = around[:, row]
+        inside = (u[..., 0] > u0) & (u[..., 0] < u1) & (v[..., 0] > v0) & (v[..., 0] < v1)
+        pick = inside.nonzero(as_tuple=True)                           # (pictures, rays)
+        o, m, form = (x[row][..., pick[0], None] for x in (origin, across, shape))
         us, vs, before = u[pick], v[pick], depth[pick]
         direction = [m[i, 0] * us + m[i, 1] * vs + m[i, 2] for i in range(3)]
-        found = (meet_box if row >= FIRST_BOX else meet_quadric)(o, direction, form)
+        found = (meet_box if IS_BOX[row] else meet_quadric)(o, direction, form)
         piece[pick] = torch.where(found < before, row, piece[pick])
-        depth[pick] = torch.minimum(found, before)        # last: on the GPU `before` is a view
+        depth[pick] = torch.minimum(found, before)
     return depth, piece
 
 
@@ -774,23 +748,27 @@ def turned(matrix, vector):
     return torch.bmm(matrix, vector[..., None])[..., 0]
 
 
-class Hits:
-    """Chosen ray hits of all pictures, one a row: where they are and what they lie on.
+def unit(vector):
+    """Vectors (R,3) at length 1."""
+    return vector * (vector * vector).sum(-1, keepdim=True).clamp(min=1e-12).rsqrt()
 
-    pick (R,): flat indices into depth and piece (I,R,S); u, v (1,R,S) pixels.
+
+class Hits:
+    """Chosen ray hits of all pictures, one a row: where they are, what they lie on, its colour.
+
+    uv (2,1,R,S), depth, piece (I,R,S): see cast(); pick: flat indices into depth and piece.
     """
 
-    def __init__(self, scene, pick, u, v, depth, piece):
+    def __init__(self, scene, uv, depth, piece, pick):
         views, frames = scene["intrinsics"].shape[1], scene["poses"].shape[1]
-        self.scene, picture, sample = scene, pick // u.numel(), pick % u.numel()
+        self.scene, picture, sample = scene, pick // uv[0].numel(), pick % uv[0].numel()
         self.camera, self.frame = picture // frames, picture % frames
         self.batch = self.camera // views
         self.piece, self.depth = piece.flatten()[pick], depth.flatten()[pick]
-        eye, across = (x.flatten(0, 1)[self.camera]
-                       for x in rays_of(scene["intrinsics"], scene["extrinsics"]))
-        u, v = u.flatten()[sample], v.flatten()[sample]
-        self.eye, ray = eye, turned(across, torch.stack([u, v, torch.ones_like(u)], -1))
-        self.world = eye + self.depth[:, None] * ray
+        self.eye, across = (x.flatten(0, 1)[self.camera]
+                            for x in rays_of(scene["intrinsics"], scene["extrinsics"]))
+        ray = torch.stack([*uv.flatten(1)[:, sample], torch.ones_like(self.depth)], -1)
+        self.world = self.eye + self.depth[:, None] * turned(across, ray)
         self.turn = scene["poses"][self.batch, self.frame, self.piece]
         place = scene["places"][self.batch, self.frame, self.piece]
         self.local = turned(self.turn.mT, self.world - place)          # metres, on the piece
@@ -800,10 +778,52 @@ class Hits:
         turn = self.scene["poses"][self.batch, frame, self.piece]
         return turned(turn, self.local) + self.scene["places"][self.batch, frame, self.piece]
 
+    def normals(self):
+        """Unit normals (R,3), towards the camera."""
+        scale, shape = (self.scene[key][self.batch, self.piece] for key in ("scale", "shape"))
+        local = self.local / scale
+        slope = torch.cat([local[:, :2], -.5 * shape[:, 1:2] - shape[:, 2:3] * local[:, 2:]], -1)
+        face = local * (local.abs() >= local.abs().amax(-1, keepdim=True))
+        slope = torch.where(IS_BOX.to(local.device)[self.piece, None], face, slope)
+        normal = unit(turned(self.turn, slope / scale))
+        away = (normal * (self.eye - self.world)).sum(-1, keepdim=True) < 0
+        return torch.where(away, -normal, normal)
 
-# ----------------------------------------------------------------------- its light and pictures
+    def texture(self, paint):
+        """Colour (R,3) under rows (R,13) of paint: two colours mixed by waves and blotches."""
+        x, y, z = self.local.unbind(-1)
+        blotch = ((170 * x + 2 * (110 * y + 90 * z).sin()).sin()
+                  * (150 * y + 130 * z + 2 * (120 * x).sin()).sin())
+        bend = (60 * x + 35 * y + 50 * z + 1.5 * (45 * y - 30 * x).sin()).sin()
+        phase = (paint[:, 6:9] * self.local).sum(-1) + paint[:, 9] * (x * x + y * y).sqrt()
+        wave = .5 + .5 * (phase + paint[:, 10] * bend).sin()
+        mix = (wave + paint[:, 11] * blotch).clamp(0, 1)[:, None]
+        return torch.lerp(paint[:, :3], paint[:, 3:6], mix)
 
-SHADOW_SIDE, SHARP = 96, 130.0      # pixels of the shadow maps, their exponent (1/m)
+    def lamp_and_sky(self, maps):
+        """How much of the lamp (R,1) and of the sky (R,1) the hits see, 0..1."""
+        lens, pose = self.scene["lamp_intrinsics"][:, 0], self.scene["lamp_extrinsics"][:, 0]
+        camera = turned(pose[self.batch, :3, :3], self.world) + pose[self.batch, :3, 3]
+        pixel = camera[:, :2] / camera[:, 2:] * lens[self.batch, :1, 0] + SHADOW_SIDE / 2
+        x, y = pixel.clamp(.51, SHADOW_SIDE - .51).unbind(-1)
+        y = y + SHADOW_SIDE * (self.batch * self.scene["poses"].shape[1] + self.frame)
+        strip = rearrange(maps, "i c h w -> 1 c (i h) w")           # all maps, one below the other
+        grid = torch.stack([2 * x / SHADOW_SIDE - 1, 2 * y / strip.shape[2] - 1], -1)
+        light = F.grid_sample(strip, grid[None, None], align_corners=False)[0, :, 0]
+        gap = camera[:, 2] - .004 - self.scene["lamp"].norm(dim=-1)[self.batch]
+        return (light * (-SHARP * gap).clamp(-60, 60).exp()).clamp(0, 1)[..., None]
+
+    def colours(self, maps):
+        """Colour (R,3): a lamp with soft shadow (wrapped Lambert, Blinn highlight) and the sky."""
+        scene, batch, normal = self.scene, self.batch, self.normals()
+        paint, (lamp, sky) = scene["paints"][batch, self.piece], self.lamp_and_sky(maps)
+        to_lamp = unit(scene["lamp"][batch] - self.world)
+        half = unit(to_lamp + unit(self.eye - self.world))
+        facing = ((normal * to_lamp).sum(-1, keepdim=True) + .1).clamp(min=0) / 1.1
+        shine = .7 * paint[:, 12:] * (normal * half).sum(-1, keepdim=True).clamp(min=0) ** 40
+        ambient = scene["sky"][batch] * (.6 + .4 * normal[:, 2:]) * (.4 + .6 * sky)
+        light = scene["sun"][batch] * facing * lamp + ambient
+        return (self.texture(paint) * light + shine * lamp).clamp(0, 1.1)
 
 
 def shadow_maps(scene):
@@ -811,178 +831,101 @@ def shadow_maps(scene):
 
     The ratio to a point's own exponential is a soft shadow; the wide blur dims the sky's light.
     """
-    side, cameras = SHADOW_SIDE, (scene["lamp_intrinsics"], scene["lamp_extrinsics"])
-    u, v = pixel_centres((side, side), scene["lamp"].device).view(1, -1, 1, 2).unbind(-1)
-    depth, _ = cast(scene, *cameras, u, v)
-    frames = scene["poses"].shape[1]
-    middle = scene["lamp"].norm(dim=-1).repeat_interleave(frames)[:, None, None]
-    light = (SHARP * (depth - middle)).clamp(-60, 60).exp()
+    side = SHADOW_SIDE
+    uv = rearrange(pixel_centres((side, side), scene["lamp"].device), "h w xy -> xy 1 (h w) 1")
+    depth, _ = cast(scene, scene["lamp_intrinsics"], scene["lamp_extrinsics"], uv)
+    middle = scene["lamp"].norm(dim=-1).repeat_interleave(scene["poses"].shape[1])
+    light = (SHARP * (depth - middle[:, None, None])).clamp(-60, 60).exp()
     light = rearrange(light, "i (h w) 1 -> i 1 h w", h=side)
     blur = lambda x, width: F.avg_pool2d(x, width, 1, width // 2, count_include_pad=False)
     return torch.cat([blur(blur(light, 3), 3), blur(blur(light, 11), 11)], 1)
 
 
-def lamp_and_sky(hits, maps):
-    """How much of the lamp (R,1) and of the sky (R,1) the hits see, 0..1."""
-    scene, batch = hits.scene, hits.batch
-    lens, pose = scene["lamp_intrinsics"][:, 0], scene["lamp_extrinsics"][:, 0]
-    camera = turned(pose[batch, :3, :3], hits.world) + pose[batch, :3, 3]
-    pixel = camera[:, :2] / camera[:, 2:] * lens[batch, :1, 0] + SHADOW_SIDE / 2
-    x, y = pixel.clamp(.51, SHADOW_SIDE - .51).unbind(-1)
-    y = y + SHADOW_SIDE * (batch * scene["poses"].shape[1] + hits.frame)
-    strip = rearrange(maps, "i c h w -> 1 c (i h) w")           # all maps, one below the other
-    grid = torch.stack([2 * x / SHADOW_SIDE - 1, 2 * y / strip.shape[2] - 1], -1)
-    light = F.grid_sample(strip, grid[None, None], align_corners=False)[0, :, 0]
-    gap = camera[:, 2] - .004 - scene["lamp"].norm(dim=-1)[batch]
-    return (light * (-SHARP * gap).clamp(-60, 60).exp()).clamp(0, 1)[..., None]
-
-
-def texture(place, paint):
-    """Colour (R,3) of material coordinates (R,3) in metres under rows (R,13) of paint."""
-    x, y, z = place.unbind(-1)
-    blotch = ((170 * x + 2 * (110 * y + 90 * z).sin()).sin()
-              * (150 * y + 130 * z + 2 * (120 * x).sin()).sin())
-    bend = (60 * x + 35 * y + 50 * z + 1.5 * (45 * y - 30 * x).sin()).sin()
-    phase = (paint[:, 6:9] * place).sum(-1) + paint[:, 9] * (x * x + y * y).sqrt()
-    wave = .5 + .5 * (phase + paint[:, 10] * bend).sin()
-    mix = (wave + paint[:, 11] * blotch).clamp(0, 1)[:, None]
-    return torch.lerp(paint[:, :3], paint[:, 3:6], mix)
-
-
-def unit(vector):
-    """Vectors (R,3) at length 1."""
-    return vector * (vector * vector).sum(-1, keepdim=True).clamp(min=1e-12).rsqrt()
-
-
-def normals(hits):
-    """Unit normals (R,3), towards the camera."""
-    index = hits.batch, hits.piece
-    scale, shape = hits.scene["scale"][index], hits.scene["shape"][index]
-    local = hits.local / scale
-    along = -.5 * shape[:, 1:2] - shape[:, 2:3] * local[:, 2:]
-    slope = torch.cat([local[:, :2], along], -1)
-    face = local * (local.abs() >= local.abs().amax(-1, keepdim=True))
-    slope = torch.where((hits.piece >= FIRST_BOX)[:, None], face, slope)
-    normal = unit(turned(hits.turn, slope / scale))
-    away = (normal * (hits.eye - hits.world)).sum(-1, keepdim=True) < 0
-    return torch.where(away, -normal, normal)
-
-
-def shade(hits, maps):
-    """Colour (R,3): a lamp with soft shadow (wrapped Lambert, Blinn highlight) and the sky."""
-    scene, batch = hits.scene, hits.batch
-    paint, normal = scene["paints"][batch, hits.piece], normals(hits)
-    lamp, sky = lamp_and_sky(hits, maps)
-    to_lamp = unit(scene["lamp"][batch] - hits.world)
-    half = unit(to_lamp + unit(hits.eye - hits.world))
-    facing = ((normal * to_lamp).sum(-1, keepdim=True) + .1).clamp(min=0) / 1.1
-    shine = .7 * paint[:, 12:] * (normal * half).sum(-1, keepdim=True).clamp(min=0) ** 40
-    ambient = scene["sky"][batch] * (.6 + .4 * normal[:, 2:]) * (.4 + .6 * sky)
-    light = scene["sun"][batch] * facing * lamp + ambient
-    return (texture(hits.local, paint) * light + shine * lamp).clamp(0, 1.1)
-
-
-def chosen(mask):
-    """Flat indices of True on the CPU; on the GPU all of them, which needs no waiting."""
-    if mask.device.type == "cpu":
-        return mask.flatten().nonzero()[:, 0]
-    return torch.arange(mask.numel(), device=mask.device)
-
-
-def colour_videos(scene, u, v, depth, piece, size):
+def colour_videos(scene, uv, depth, piece, size):
     """Videos (B,V,3,N,H,W) in [-1,1], 8 bits deep, from the hits depth, piece (I,R,S).
 
     Supersampled at silhouettes only: inside a piece the centre stands for all its samples.
     """
-    same = (piece == piece[..., :1]).all(-1, keepdim=True)
-    weight = torch.where(same, torch.eye(piece.shape[-1], device=u.device)[0], 1 / piece.shape[-1])
-    pick = chosen(weight > 0)
-    colours = shade(Hits(scene, pick, u, v, depth, piece), shadow_maps(scene))
-    canvas = torch.zeros(weight.numel(), 3, device=u.device)
-    canvas[pick] = colours * weight.flatten()[pick][:, None]
+    same, samples = (piece == piece[..., :1]).all(-1, keepdim=True), piece.shape[-1]
+    weight = torch.where(same, torch.eye(samples, device=piece.device)[0], 1 / samples)
+    pick = weight.flatten().nonzero()[:, 0]
+    canvas = torch.zeros(weight.numel(), 3, device=piece.device)
+    canvas[pick] = (Hits(scene, uv, depth, piece, pick).colours(shadow_maps(scene))
+                    * weight.flatten()[pick][:, None])
     picture = (canvas.view(*weight.shape, 3).sum(2) / 1.05).clamp(0, 1) ** (1 / 1.5)
     picture = (255 * picture).round() / 127.5 - 1
     return rearrange(picture, "(b v n) (h w) c -> b v c n h w", h=size[0],
                      b=len(scene["poses"]), n=scene["poses"].shape[1])
 
 
-def motion_videos(scene, u, v, depth, piece, size):
+def motion_videos(scene, uv, depth, piece, size):
     """Pseudo videos (B,V,3,N,H,W) in [-1,1], exact in every pixel, and scale (B,V,2) (Sec. 3.2)."""
-    batch, frames = scene["poses"].shape[:2]
-    front = piece < TABLE_ROW
-    near, far = (rearrange(depth.where(front, torch.tensor(end, device=u.device)),
-                           "(b v n) r 1 -> b v (n r)", b=batch, n=frames)
-                 for end in (math.inf, -math.inf))
+    (batch, frames), front = scene["poses"].shape[:2], piece < TABLE_ROW
+    near, far = (rearrange(torch.where(front, depth, end), "(b v n) r 1 -> b v (n r)",
+                           b=batch, n=frames) for end in (math.inf, -math.inf))
     scale = torch.stack([near.amin(-1), far.amax(-1)], -1)
-    pick = chosen(front)
-    hits = Hits(scene, pick, u, v, depth, piece)
+    pick = front.flatten().nonzero()[:, 0]
+    hits = Hits(scene, uv, depth, piece, pick)
     cameras = (scene[key].flatten(0, 1)[hits.camera] for key in ("intrinsics", "extrinsics"))
     anchors, _ = project(hits.at(torch.zeros_like(pick)), *cameras)
-    colours = anchor_colours(anchors, hits.depth, scale.flatten(0, 1)[hits.camera], size)
-    canvas = background_ramp(size, u.device).flatten(1).T.repeat(len(depth), 1)
-    canvas[pick] = torch.where(front.flatten()[pick][:, None], colours, canvas[pick])
+    canvas = background_ramp(size, piece.device).flatten(1).T.repeat(len(depth), 1)
+    canvas[pick] = anchor_colours(anchors, hits.depth, scale.flatten(0, 1)[hits.camera], size)
     canvas = ((2 * canvas - 1) * 32767).round() / 32767         # 16 bits, as the cache keeps them
     return rearrange(canvas, "(b v n h w) c -> b v c n h w", b=batch, n=frames, h=size[0],
                      w=size[1]), scale
 
 
-def z_order(size):
-    """Pixels (H W,) along a Z-order curve: neighbours in the list are neighbours in the picture."""
-    spread = lambda x: sum(((x >> bit) & 1) << (2 * bit) for bit in range(12))
-    row, column = (spread(torch.arange(side)) for side in size)
-    return (2 * row[:, None] + column).flatten().argsort()
-
-
-def surface_tracks(scene, u, v, depth, piece, size, count):
-    """Tracks (B,V,N,K,3) of spread foreground pixels of frame 0, and visible (B,V,N,K).
+def surface_tracks(scene, uv, depth, piece, size, count):
+    """Tracks (B,V,N,K,3) of foreground pixels of frame 0, visible (B,V,N,K), part (B,V,K).
 
     The points are equally spaced along a Z-order curve, repeated where there are fewer than K;
     each is carried by its piece. Visible: in the picture, and first on the ray to that very point.
     """
-    (views, frames), order = (scene["intrinsics"].shape[1], scene["poses"].shape[1]), z_order(size)
-    order = order.to(u.device)
+    views, frames = scene["intrinsics"].shape[1], scene["poses"].shape[1]
+    row, column = (sum((torch.arange(side) >> bit & 1) << 2 * bit for bit in range(12))
+                   for side in size)                  # bits apart, to be interleaved
+    order = (2 * row[:, None] + column).flatten().argsort().to(piece.device)
     seen = (piece[::frames, order, 0] < TABLE_ROW).cumsum(-1)                           # (B V,R)
-    rank = (torch.arange(count, device=u.device) + .5) / count * seen[:, -1:]
+    rank = (torch.arange(count, device=piece.device) + .5) / count * seen[:, -1:]
     slot = order[torch.searchsorted(seen, rank.floor().long() + 1).clamp(max=len(order) - 1)]
-    picture = torch.arange(0, len(piece), frames, device=u.device)[:, None]
-    hits = Hits(scene, (picture * u.numel() + slot).flatten(), u, v, depth, piece)
+    picture = torch.arange(0, len(piece), frames, device=piece.device)[:, None]
+    hits = Hits(scene, uv, depth, piece, (picture * len(order) + slot).flatten())
     points = torch.stack([hits.at(torch.full_like(hits.piece, n)) for n in range(frames)])
     points = rearrange(points, "n (i k) c -> i n k c", k=count)
     cameras = scene["intrinsics"], scene["extrinsics"]
     uv, far = project(points, *(x.flatten(0, 1) for x in cameras))
-    nearest, _ = cast(scene, *cameras, *uv.flatten(0, 1)[:, :, None].unbind(-1))
+    nearest, _ = cast(scene, *cameras, rearrange(uv, "i n k xy -> xy (i n) k 1"))
     visible = ((uv > 0) & (uv < uv.new_tensor([size[1], size[0]]))).all(-1)
     visible &= nearest.view_as(far) > far - .003
-    return points.unflatten(0, (-1, views)), visible.unflatten(0, (-1, views))
-
-
-SAMPLES = torch.tensor([[0, 0], [.125, .375], [-.125, -.375], [.375, -.125], [-.375, .125]])
+    part = PART.to(piece.device)[hits.piece.clamp(max=TABLE_ROW - 1)].view(-1, views, count)
+    return points.unflatten(0, (-1, views)), visible.unflatten(0, (-1, views)), part
 
 
 @torch.no_grad()
 def render(scene, size, tracks):
     """The tensors of a sample dict, with a leading batch axis, of a batch of scenes."""
     cameras = {key: scene[key] for key in ("intrinsics", "extrinsics")}
-    uv = pixel_centres(size, scene["lamp"].device).view(1, -1, 1, 2) + SAMPLES.to(scene["lamp"])
-    depth, piece = cast(scene, *cameras.values(), *uv.unbind(-1))
-    video = colour_videos(scene, *uv.unbind(-1), depth, piece, size)
-    centres = *uv[:, :, :1].unbind(-1), depth[..., :1], piece[..., :1]
+    uv = rearrange(pixel_centres(size, scene["lamp"].device), "h w xy -> xy 1 (h w) 1")
+    uv = uv + SAMPLES.to(uv)[:, None, None]
+    depth, piece = cast(scene, *cameras.values(), uv)
+    video = colour_videos(scene, uv, depth, piece, size)
+    centres = uv[..., :1], depth[..., :1], piece[..., :1]
     pseudo, scale = motion_videos(scene, *centres, size)
-    points, visible = surface_tracks(scene, *centres, size, tracks)
-    return dict(video=video, pseudo=pseudo, scale=scale, tracks=points, visible=visible, **cameras)
+    points, visible, part = surface_tracks(scene, *centres, size, tracks)
+    return dict(video=video, pseudo=pseudo, scale=scale, tracks=points, visible=visible, part=part,
+                **cameras)
 
 
 class SyntheticHOI(torch.utils.data.Dataset):
     """A procedural stand-in for TACO: a right hand works with a tool, a left hand holds the target.
 
-    split: `train`, `val` (the triplets of train in new layouts) or `unseen` (held-out triplets).
-    Scenes are rendered on demand and depend on (split, index, seed) only: about 2
-    scenes a second on one CPU core at 64x96, V = 3, N = 13 (0.5 s each). They are kept in the
-    folder `cache`, if one is named (2.3 MB each). cameras: (intrinsics (V,3,3), extrinsics
-    (V,4,4)) in place of each scene's own. World: metres, z up, origin on the table.
-
-    A sample: `video`, `pseudo` (V,3,N,H,W) in [-1,1], `scale` (V,2) m, `tracks` (V,N,K,3) m in
-    the world, `visible` (V,N,K), `intrinsics`, `extrinsics`, `prompt` "<tool, action, target>".
+    split: `train`, `val` (its triplets in new layouts) or `unseen` (held-out triplets). A scene
+    depends on (split, index, seed) only and takes 0.5 s of one CPU core (64x96, V = 3, N = 13);
+    the folder `cache`, if named, keeps it (2.3 MB). cameras: intrinsics (V,3,3) and extrinsics
+    (V,4,4) in place of each scene's own. World: metres, z up, origin on the table. A sample:
+    `video`, `pseudo` (V,3,N,H,W) in [-1,1], `scale` (V,2) m, `tracks` (V,N,K,3) m in the world,
+    `visible` (V,N,K), `part` (V,K) of each track (0 right hand and forearm, 1 left, 2 tool,
+    3 target), `intrinsics`, `extrinsics`, `prompt` "<tool, action, target>".
     """
     SPLITS = ("train", "val", "unseen")
 
@@ -1018,15 +961,17 @@ class SyntheticHOI(torch.utils.data.Dataset):
             return {key: value[0] for key, value in self.batch([index], action).items()}
         name = [self.split, self.seed, index, *self.size, self.frames, self.views, self.tracks]
         path = self.cache / ("-".join(map(str, name)) + (f"-{action}" if action else "") + ".pt")
-        if not path.exists():
+        try:
+            sample = torch.load(path, weights_only=True)
+            sample["part"]                             # which older files lack
+        except (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError):
             sample = {key: value[0] for key, value in self.batch([index], action, "cpu").items()}
             sample["video"] = (127.5 * (sample["video"] + 1)).round().to(torch.uint8)
             sample["pseudo"] = (32767 * sample["pseudo"]).round().to(torch.int16)
             self.cache.mkdir(parents=True, exist_ok=True)
             draft = path.with_suffix(f".{os.getpid()}")
-            torch.save(sample, draft)                 # renamed when whole: workers may share it
+            torch.save(sample, draft)             # renamed when whole: workers may share it
             draft.rename(path)
-        sample = torch.load(path, weights_only=True)
         return sample | dict(video=sample["video"] / 127.5 - 1, pseudo=sample["pseudo"] / 32767)
 
     def describe(self, index, action=None):
@@ -1035,9 +980,9 @@ class SyntheticHOI(torch.utils.data.Dataset):
         stream = iter(torch.rand(256, generator=torch.Generator().manual_seed(code)).tolist())
         draw = lambda low, high: low + (high - low) * next(stream)
         choose = lambda options: options[int(draw(0, len(options) - 1e-3))]
-        known, triplet = self.triplets, ()
+        triplet = ()
         for place in range(3):             # the action first, so that actions are balanced
-            fits = [t for t in known if t[:place] == triplet]
+            fits = [t for t in self.triplets if t[:place] == triplet]
             triplet += (choose(sorted({t[place] for t in fits})),)
         drawn, tool, target = triplet
         if action is not None and action not in self.actions(tool, target):

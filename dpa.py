@@ -228,9 +228,10 @@ class VoxelConv(nn.Module):
 
     def forward(self, x, layout):
         """x (B, N, V, K, D) -> the same shape, equal for all points of a voxel."""
-        points = self.reduce(x).flatten(0, 3).float()
-        total = points.new_zeros(len(layout.counts), points.shape[1])
-        mean = total.index_add(0, layout.voxel, points) / layout.counts      # (M, D/2)
+        points = self.reduce(x).flatten(0, 3)
+        total = torch.zeros(len(layout.counts), points.shape[1], device=x.device)
+        mean = total.index_add(0, layout.voxel, points.float()) / layout.counts
+        mean = mean.to(points.dtype)                                         # (M, D/2)
         out = rms_norm(self.expand(self.conv(mean, layout.neighbours)))      # (M, D)
         return out.index_select(0, layout.voxel).view_as(x)
 
