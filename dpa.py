@@ -459,8 +459,9 @@ def lesson(steps=150, batch=4):
     points = rearrange(test["coarse"], "b view frame k xyz -> (b frame) (view k) xyz")
     layout = build_layout(points, dpa.voxel_size, dpa.patch)
     print(f"coarse tracks (B,V,N,K,3)  {tuple(test['coarse'].shape)}")
-    print(f"points -> voxels of 2 cm   {len(layout.voxel)} -> {len(layout.counts)}, of the 27 around"
-          f" one {(layout.neighbours >= 0).sum(1).float().mean():.1f} are occupied")
+    occupied = (layout.neighbours >= 0).sum(1).float().mean()
+    print(f"points -> voxels of 2 cm   {len(layout.voxel)} -> {len(layout.counts)}, "
+          f"{occupied:.1f} of the 27 around one are occupied")
     print(f"patches (G patches, patch) {tuple(layout.curves[0].filled.squeeze().shape)}")
     print(f"parameters                 {sum(p.numel() for p in dpa.parameters()):,}")
 

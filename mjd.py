@@ -266,11 +266,11 @@ class SelfAttention(nn.Module):
         self.query_norm, self.key_norm = RMSNorm(dim), RMSNorm(dim)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x, rotary, fused=False):
+    def forward(self, x, rotary, fused=False, mask=None):
         q, k, v = self.query_key_value(x).chunk(3, -1)                        # (batch, tokens, D)
         q, k = self.query_norm(q), self.key_norm(k)
         q, k, v = (rearrange(y, "b t (h d) -> b h t d", h=self.heads) for y in (q, k, v))
-        x = attention(rotate(q, *rotary), rotate(k, *rotary), v, fused=fused)
+        x = attention(rotate(q, *rotary), rotate(k, *rotary), v, mask, fused)
         return self.out(rearrange(x, "b h t d -> b t (h d)"))
 
 
@@ -313,7 +313,7 @@ class TextEncoder(nn.Module):
         if longest > self.tokens:
             raise ValueError(f"expected a prompt of at most {self.tokens - 1} bytes, got "
                              f"{longest - 1}: shorten it to '<tool, action, target>'")
-        # Padding repeats the end mark and is masked out for the cross-attention.
+        # Padding repeats the end mark; nobody looks at it, here or in the cross-attention.
         codes = torch.tensor([row + [256] * (longest - len(row)) for row in rows], device=device)
         mask = torch.arange(longest, device=device) < torch.tensor([[len(row)] for row in rows],
                                                                    device=device)
@@ -321,7 +321,7 @@ class TextEncoder(nn.Module):
         heads = self.attentions[0].heads
         rotary = rotary_table(longest, 1, 1, x.shape[-1] // heads, device)
         for layer, feed_forward in zip(self.attentions, self.mlps):
-            x = x + layer(rms_norm(x), rotary)
+            x = x + layer(rms_norm(x), rotary, mask=mask[:, None, None])
             x = x + feed_forward(rms_norm(x))
         return x, mask
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import imageio.v3 as iio
+import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -264,8 +265,8 @@ def overview(result, path, columns=7):
     strips[0].tick_params(labeltop=True, labelbottom=False, length=0)
     axes = figure.add_subplot(right, projection="3d")
     draw_tracks(axes, result, frames - 1, azimuth=-70, trail=frames)
-    axes.set_title("the same motion as metric 3D tracks, all views together, grid 5 cm;\na point has "
-                   "its colour in the motion videos", fontsize=11, y=0.97)
+    axes.set_title("the motion as metric 3D tracks of all views, in the colours of\nthe motion videos, "
+                   "over a 5 cm grid on the table", fontsize=11, y=1)
     figure.savefig(path, dpi=110)
 
 
@@ -285,9 +286,9 @@ def draw_tracks(axes, result, frame, azimuth, trail):
     recent = paths[:, max(0, frame - trail):frame + 1]
     axes.add_collection3d(Line3DCollection(recent, colors=colours, linewidths=0.7, alpha=0.6))
     axes.scatter(*paths[:, frame].T, c=colours, s=7, depthshade=False, linewidths=0)
-    low, high = middle - 0.17, middle + 0.17
-    axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), zlim=(low[2], high[2]))
-    axes.set_box_aspect((1, 1, 1), zoom=1.45)
+    for limits, centre in zip((axes.set_xlim, axes.set_ylim, axes.set_zlim), middle):
+        limits(centre - 0.18, centre + 0.18)
+    axes.set_box_aspect((1, 1, 1), zoom=1.4)
     axes.view_init(28, azimuth)
 
 
@@ -298,14 +299,19 @@ def animation(result, path):
     frames, side = pictures.shape[:2]
     canvas = FigureCanvasAgg(Figure(figsize=(side / 100, side / 100), dpi=100))
     axes = canvas.figure.add_axes((0, 0, 1, 1), projection="3d")
-    count, drawn = frames * math.ceil(24 / frames), []
+    palette = "split[a][b];[a]palettegen[p];[b][p]paletteuse=dither=bayer:bayer_scale=2"
+    stream = imageio_ffmpeg.write_frames(path, (pictures.shape[2] + side, side), fps=FPS, codec="gif",
+                                         pix_fmt_out="pal8", macro_block_size=1,
+                                         output_params=["-filter_complex", palette])
+    stream.send(None)
+    count = frames * math.ceil(24 / frames)
     for index in range(count):
         sway = math.sin(2 * math.pi * index / count)
         draw_tracks(axes, result, index % frames, -70 + 25 * sway, trail=4)
         canvas.draw()
         panel = np.array(canvas.buffer_rgba())[..., :3]
-        drawn.append(np.concatenate([pictures[index % frames], panel], 1))
-    iio.imwrite(path, drawn, plugin="pillow", duration=1000 / FPS, loop=0)
+        stream.send(np.concatenate([pictures[index % frames], panel], 1))
+    stream.close()
 
 
 # ----------------------------------------------------------------------- metrics, each of one scene
@@ -403,11 +409,14 @@ def cross_view_errors(tracks, truth, visible, extrinsics):
     return torch.cat(found)
 
 
-def video_scores(video, scene):
-    """Tab. 1: all metrics of a video (V,3,N,H,W) of one scene."""
-    truth, moving = scene["video"], moving_pixels(scene["video"])
-    return {"matching_pixels": matching_pixels(video, scene["intrinsics"], scene["extrinsics"]),
+def video_scores(video, scene, views):
+    """Tab. 1: all metrics of the listed views of a scene's video (V,3,N,H,W)."""
+    video, truth, pseudo = video[views], scene["video"][views], scene["pseudo"][views]
+    moving, foreground = moving_pixels(truth), (pseudo[:, 2:] + 1) / 2 > FOREGROUND_THRESHOLD
+    return {"matching_pixels": matching_pixels(video, scene["intrinsics"][views],
+                                               scene["extrinsics"][views]),
             "psnr": psnr(video, truth), "psnr_moving": psnr(video, truth, moving),
+            "psnr_foreground": psnr(video, truth, foreground),
             "ssim": ssim(video, truth), "ssim_moving": ssim(video, truth, moving),
             "patch_consistency": patch_consistency(video), "motion_degree": motion_degree(video)}
 
@@ -415,18 +424,17 @@ def video_scores(video, scene):
 def track_scores(tracks, scene):
     """Tab. 2: all metrics of tracks (V,N,K,3): RPE and PI in %, Chamfer (squared, both ways) in cm^2,
     smoothness (mean |second difference|, less is smoother) and mean errors by part in cm."""
-    truth, visible, cameras = scene["tracks"], scene["visible"], scene["extrinsics"]
-    own, cross = (errors(tracks, truth, visible, cameras)
-                  for errors in (relative_errors, cross_view_errors))
+    truth, visible, extrinsics = scene["tracks"], scene["visible"], scene["extrinsics"]
+    own = relative_errors(tracks, truth, visible, extrinsics)
+    cross = cross_view_errors(tracks, truth, visible, extrinsics)
     clouds = (rearrange(x, "v n k c -> n (v k) c") for x in (tracks, truth))
     scores = {"rpe": 100 * own.mean(), "pi": 100 * (own < 0.25).float().mean(),
               "mv_rpe": 100 * cross.mean(), "mv_pi": 100 * (cross < 0.25).float().mean(),
               "chamfer": 1e4 * chamfer_distance(*clouds),
               "smoothness": 100 * tracks.diff(n=2, dim=1).norm(dim=-1).mean()}
-    error = 100 * (tracks - truth).norm(dim=-1)[:, 1:]                                  # (V,N-1,K)
-    for name, parts in (("hands+tool", (0, 1, 2)), ("target", (3,)), ("all", (0, 1, 2, 3))):
-        chosen = torch.isin(scene["part"], torch.tensor(parts, device=error.device))[:, None]
-        scores[name] = error[visible[:, 1:] & chosen].mean()
+    error, target = 100 * (tracks - truth).norm(dim=-1), scene["part"][:, None] == 3    # (V,N,K)
+    for name, chosen in (("hands+tool", ~target), ("target", target), ("all", target | ~target)):
+        scores[name] = error[:, 1:][(visible & chosen)[:, 1:]].mean()
     return {key: value.item() for key, value in scores.items()}
 
 
@@ -447,15 +455,17 @@ def true_anchors(scenes):
 
 
 def run(models, scenes, settings, given=None, **options):
-    """The last SampleState of true scenes (a batch); given: views shown, by default all."""
+    """The last SampleState of a batch of true scenes; given: views that are shown, by default all."""
     count, views = scenes["video"].shape[:2]
     shown = torch.tensor([[given is None or view in given for view in range(views)]] * count)
     anchors = true_anchors(scenes)
-    for state in sample(models, scenes["video"][:, :, :, 0], shown.to(models.device), scenes["prompt"],
-                        (scenes["intrinsics"], scenes["extrinsics"]), scenes["video"].shape[3],
-                        settings.steps, settings.text_scale, anchors.shape[2], anchors,
-                        cycle_every=settings.cycle_every, seed=settings.seed, **options):
-        pass
+    with settings.autocast:
+        for state in sample(models, scenes["video"][:, :, :, 0], shown.to(models.device),
+                            scenes["prompt"], (scenes["intrinsics"], scenes["extrinsics"]),
+                            scenes["video"].shape[3], settings.steps, settings.text_scale,
+                            anchors.shape[2], anchors, cycle_every=settings.cycle_every,
+                            seed=settings.seed, **options):
+            pass
     return state
 
 
@@ -470,14 +480,14 @@ def all_runs(models, scenes, settings):
     codec = read_tracks(vae, encode(vae, scenes["pseudo"], "motion"), scenes["scale"], cameras,
                         points.shape[3], true_anchors(scenes))
     uv, depth = project(fold(closed.tracks), *map(fold, cameras))
-    frozen = unproject(uv, depth[:, :1].expand_as(depth), *map(fold, cameras)).view_as(points)
+    frozen = unproject(uv, depth[:, :1].expand_as(depth), *map(fold, cameras))
     videos = {"single": single.video().view_as(truth), "open": opened.video(),
               "closed": closed.video(), "still": truth[:, :, :, :1].expand_as(truth),
               "codec": decode(vae, encode(vae, truth, "video"), "video"), "truth": truth}
     tracks = {"single": single.tracks.view_as(points), "coarse": opened.coarse.tracks,
-              "aligned": opened.tracks, "closed": closed.tracks, "codec": codec.tracks,
-              "still": points[:, :, :1].expand_as(points), "truth": points, "frozen": frozen}
-    return videos, tracks
+              "aligned": opened.tracks, "closed": closed.tracks, "frozen": frozen.view_as(points),
+              "still": points[:, :, :1].expand_as(points), "codec": codec.tracks, "truth": points}
+    return videos, tracks, 2 * codec.pseudo - 1
 
 
 def action_trials(models, settings, dataset, index):
@@ -495,40 +505,35 @@ def action_trials(models, settings, dataset, index):
 
 
 def measure(models, settings, split):
-    """All scores of a split: (table, row) -> one dict a scene, or the action trials."""
-    config, found, views = models.config, defaultdict(list), models.config["views"]
-    shape = {key: config[key] for key in ("size", "frames", "views", "tracks")} | {"device": models.device}
+    """Every score of every scene of a split: (table, row) -> list of dicts, or of action trials."""
+    shape = {key: models.config[key] for key in ("size", "frames", "views", "tracks")}
+    shape, found, sides = shape | {"device": models.device}, defaultdict(list), (-20, 0, 60)
+    views = list(range(shape["views"]))
+    order = sorted(views, key=lambda view: view != len(views) // 2)        # the centre comes first
     dataset = SyntheticHOI(split, **shape)
-    sides, order = (-20, 0, 60), sorted(range(views), key=lambda view: view != views // 2)
-    elsewhere = SyntheticHOI(split, cameras=nominal_rig(views, config["size"], sides), **shape)
+    elsewhere = SyntheticHOI(split, cameras=nominal_rig(len(views), shape["size"], sides), **shape)
     for first in range(0, settings.scenes, EVAL_BATCH):
         indices = range(first, min(first + EVAL_BATCH, settings.scenes))
         scenes, moved = dataset.batch(indices), elsewhere.batch(indices)
-        videos, tracks = all_runs(models, scenes, settings)
+        videos, tracks, pseudo = all_runs(models, scenes, settings)
+        given = {n: run(models, scenes, settings, order[:n]).video() for n in views[1:]}
+        given[len(views)] = videos["closed"]
         new = run(models, moved, settings, order[:1]).video()
-        for count in range(1, views):
-            videos[str(count)] = run(models, scenes, settings, order[:count]).video()
-        for i in range(len(indices)):
-            scene = {key: value[i] for key, value in scenes.items()}
-            for name in ("single", "open", "closed", "still", "codec", "truth"):
-                found["video", name].append(video_scores(videos[name][i], scene))
-            for name in tracks:
-                found["tracks", name].append(track_scores(tracks[name][i], scene))
-            for count in range(1, views + 1):          # with all given: the views that "1" had to invent
-                video, hidden = videos[str(count) if count < views else "closed"], order[count:] or order[1:]
-                found["references", str(count)].append(plain_scores(video[i], scene["video"], hidden))
+        for i, index in enumerate(indices):
+            scene, other = ({k: value[i] for k, value in x.items()} for x in (scenes, moved))
+            for name, video in videos.items():
+                found["video", name].append(video_scores(video[i], scene, views))
+            for name, points in tracks.items():
+                found["tracks", name].append(track_scores(points[i], scene))
+            found["tracks", None].append({})
+            found["pseudo", ""].append(video_scores(pseudo[i], scene | {"video": scene["pseudo"]}, views))
+            for n, video in given.items():        # with all given: the views that one alone invents
+                found["references", str(n)].append(video_scores(video[i], scene, order[n:] or order[1:]))
             for view in order[1:]:
-                found["cameras", f"{sides[view % 3]} degrees"].append(
-                    plain_scores(new[i], moved["video"][i], [view]))
-            found["trials"] += action_trials(models, settings, dataset, indices[i])
+                found["cameras", f"{sides[view % 3]} degrees"].append(video_scores(new[i], other, [view]))
+            found["trials", ""] += action_trials(models, settings, dataset, index)
         print(f"{split}: {indices[-1] + 1} of {settings.scenes} scenes", file=sys.stderr, flush=True)
     return found
-
-
-def plain_scores(video, truth, views):
-    """PSNR of some views of a video (V,3,N,H,W)."""
-    video, truth = video[views], truth[views]
-    return {"psnr": psnr(video, truth), "psnr_moving": psnr(video, truth, moving_pixels(truth))}
 
 
 def summary(runs):
@@ -537,96 +542,99 @@ def summary(runs):
     for key in runs[0]:
         values = np.array([run[key] for run in runs])
         values = values[np.isfinite(values)]
-        spread = 1.96 * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else math.nan
-        for name, value in ((key, values.mean() if len(values) else math.nan), (key + "_ci", spread)):
-            row[name] = round(float(value), 4) if math.isfinite(value) else None
+        row[key] = round(float(values.mean()), 4) if len(values) else None
+        row[key + "_ci"] = (round(float(1.96 * values.std(ddof=1) / len(values) ** 0.5), 4)
+                            if len(values) > 1 else None)
     return row
 
 
 def tables(found):
-    """The tables of one split, for JSON. `gain`: paired difference to the row above, and interval."""
-    def scores(video, tracks):
-        moved = found["tracks", tracks] if tracks else [dict.fromkeys(found["tracks", "truth"][0], math.nan)]
-        return [v | t for v, t in zip(found["video", video], moved * (1 if tracks else len(found["video", video])))]
+    """The tables of one split. `gain` is the paired difference to the row above, with its interval."""
+    def row(video, tracks):
+        return [v | t for v, t in zip(found["video", video], found["tracks", tracks])]
 
-    names, rows = [name for name, _, _ in ABLATION], [scores(*runs) for _, *runs in ABLATION]
-    gains = [[{k: a[k] - b[k] for k in a} for a, b in zip(now, before)] for before, now in zip(rows, rows[1:])]
-    ablation = [{"name": name} | summary(row) for name, row in zip(names, rows)]
-    for entry, gain in zip(ablation[1:], gains):
-        entry["gain"] = summary(gain)
-    confusion = defaultdict(lambda: defaultdict(int))
-    for prompted, nearest, _ in found["trials"]:
+    rows = [row(*runs) for _, *runs in ABLATION]
+    ablation = [dict.fromkeys(summary(rows[-1])) | {"name": name} | summary(runs)
+                for (name, *_), runs in zip(ABLATION, rows)]
+    for entry, now, before in zip(ablation[1:], rows[1:], rows):
+        entry["gain"] = summary([{k: a[k] - b[k] for k in a if k in b} for a, b in zip(now, before)])
+    trials, confusion = found["trials", ""], defaultdict(lambda: defaultdict(int))
+    for prompted, nearest, _ in trials:
         confusion[prompted][nearest] += 1
-    right = [prompted == nearest for prompted, nearest, _ in found["trials"]] or [math.nan]
-    chance = [share for *_, share in found["trials"]] or [math.nan]
-    baseline = {"name": "repeat the reference frame, nothing moves"} | summary(scores("still", "still"))
-    return dict(
-        ablation=ablation, baseline=baseline,
-        ceiling={"name": "VAE round trip"} | summary(scores("codec", "codec"))
-        | {"truth": summary(scores("truth", "truth"))},
-        depth={"frame 0 (DaS)": summary(found["tracks", "frozen"]),
-               "per frame (ours)": summary(found["tracks", "closed"])},
-        action_accuracy=dict(accuracy=float(np.mean(right)), chance=float(np.mean(chance)), trials=len(right),
-                             confusion=confusion),
-        **{kind: {name: summary(runs) for (table, name), runs in found.items() if table == kind}
-           for kind in ("references", "cameras")})
+    accuracy = {"trials": len(trials), "confusion": confusion} | summary(
+        [{"accuracy": float(a == b), "chance": chance} for a, b, chance in trials] or [{}])
+    return {"ablation": ablation, "action_accuracy": accuracy,
+            "baseline": {"name": "reference frame repeated, nothing moves"} | summary(row("still", "still")),
+            "ceiling": {"name": "VAE round trip"} | summary(row("codec", "codec")) | {
+                "pseudo": summary(found["pseudo", ""]), "truth": summary(row("truth", "truth"))},
+            "depth": {"of frame 0 (DaS)": summary(found["tracks", "frozen"]),
+                      "of every frame": summary(found["tracks", "closed"])}} | {
+        table: {name: summary(runs) for (kind, name), runs in found.items() if kind == table}
+        for table in ("references", "cameras")}
 
 
 def print_tables(split, report):
-    """The tables of one split as text: mean and half width of the 95 % interval."""
-    columns = ("matching_pixels", "psnr_moving", "psnr", "ssim", "rpe", "mv_rpe", "pi", "mv_pi",
-               "hands+tool", "target", "all")
-    print(f"\n{split:34}" + "".join(f"{name:>17}" for name in columns))
-    for row in (*report["ablation"], report["baseline"], report["ceiling"],
-                {"name": "truth"} | report["ceiling"]["truth"]):
-        cells = ("-" if row[key] is None else f"{row[key]:.2f} +- {row[key + '_ci'] or math.nan:.2f}"
+    """The tables of one split as text: mean +- half width of the 95 % interval."""
+    columns = ("matching_pixels", "psnr_moving", "psnr", "ssim", "rpe", "mv_rpe", "pi", "mv_pi", "chamfer",
+               "smoothness", "hands+tool", "target", "all")
+
+    def line(name, row):
+        cells = (f"{row[key]:.2f} +- {row[key + '_ci'] or 0:.2f}" if row.get(key) is not None else "-"
                  for key in columns)
-        print(f"{row['name'][:33]:34}" + "".join(f"{cell:>17}" for cell in cells))
-    for key in ("depth", "action_accuracy", "references", "cameras"):
-        print(f"{key}: {json.dumps(report[key])}")
+        print(f"{name[:28]:28}" + "".join(f"{cell:>17}" for cell in cells))
+
+    print(f"\n{split:28}" + "".join(f"{name:>17}" for name in columns))
+    for row in (*report["ablation"], report["baseline"], report["ceiling"]):
+        line(row["name"], row)
+    line("the truth", report["ceiling"]["truth"])
+    for table in ("depth", "references", "cameras"):
+        for name, row in report[table].items():
+            line(f"{table} {name}", row)
+    print("action accuracy:", json.dumps(report["action_accuracy"]))
 
 
 def evaluate(models, settings):
-    """--eval: prints the tables of every split, and writes them as JSON."""
-    plain = {key: value for key, value in models.config.items()}
-    report = {"weights": {"file": Path(settings.weights or f"{settings.preset}.pt").name, **plain}}
+    """--eval: prints the tables of every split, and keeps them as JSON."""
+    report = {"weights": {"file": Path(settings.weights or f"{settings.preset}.pt").name} | models.config}
     for split in ("val", "unseen") if settings.split == "both" else (settings.split,):
         start = time.perf_counter()
         report[split] = tables(measure(models, settings, split)) | dict(
             scenes=settings.scenes, seed=settings.seed, steps=settings.steps,
             seconds=round(time.perf_counter() - start, 1))
         print_tables(split, report[split])
-        if settings.json:
-            draft = settings.json.with_name(f".{settings.json.name}.{os.getpid()}")
-            draft.write_text(json.dumps(report, indent=1))
-            os.replace(draft, settings.json)
+    if settings.json:
+        draft = settings.json.with_name(f".{settings.json.name}.{os.getpid()}")
+        draft.write_text(json.dumps(report, indent=1))
+        os.replace(draft, settings.json)
 
 
 def main(arguments=None):
     """Runs the command line; returns the exit code."""
     try:
-        settings = parse(arguments)
+        settings, start = parse(arguments), time.perf_counter()
         models = load(settings)
         if settings.print_cameras:
             size = models.config["size"]
             print(rig_as_json(*nominal_rig(models.config["views"], size), size))
             return 0
-        bf16 = bf16_is_faster(models.device)
-        with torch.inference_mode(), torch.autocast(models.device.type, torch.bfloat16, enabled=bf16):
+        # Around the networks only: geometry and metrics stay in fp32.
+        settings.autocast = torch.autocast(models.device.type, torch.bfloat16,
+                                           enabled=bf16_is_faster(models.device))
+        folder = settings.out if not settings.eval else settings.json and settings.json.parent
+        if folder:                                       # before the work, not after it
+            folder.mkdir(parents=True, exist_ok=True)
+        with torch.inference_mode():
             if settings.eval:
                 evaluate(models, settings)
                 return 0
-            start = time.perf_counter()
-            settings.out.mkdir(parents=True, exist_ok=True)
-            result = generate(models, settings)
-        names = write_results(result, settings.out)
+            names = write_results(generate(models, settings), settings.out)
         print(f"wrote {', '.join(names)} into {settings.out} in {time.perf_counter() - start:.1f} s")
     except ValueError as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"sample.py: could not write into {settings.out} ({first_line(error)}): free some space "
-              "or choose another --out", file=sys.stderr)
+        print(f"sample.py: could not write ({first_line(error)}): free some space, or choose another "
+              "--out or --json", file=sys.stderr)
         return 2
     return 0
 
