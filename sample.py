@@ -302,6 +302,7 @@ def animation(result, path):
     palette = "split[a][b];[a]palettegen[p];[b][p]paletteuse=dither=bayer:bayer_scale=2"
     stream = imageio_ffmpeg.write_frames(path, (pictures.shape[2] + side, side), fps=FPS, codec="gif",
                                          pix_fmt_out="pal8", macro_block_size=1,
+                                         ffmpeg_log_level="error",
                                          output_params=["-filter_complex", palette])
     stream.send(None)
     count = frames * math.ceil(24 / frames)

@@ -35,19 +35,23 @@ from mjd import PRESETS, count_parameters
 STAGES = ("vae", "base", "dpa", "joint")
 SHIPPED = Path(__file__).parent / "weights"
 
-# What a preset trains on and for how long. batch: scenes a step, by stage.
+# What a preset trains on, how fast (peak learning rate of each network) and for how long.
 RECIPES = {
-    "tiny": dict(size=(32, 48), frames=5, views=2, tracks=32, rate=1e-3,
-                 steps=dict(vae=40, base=40, dpa=40, joint=40), batch=2,
+    "tiny": dict(size=(32, 48), frames=5, views=2, tracks=32,
+                 rate=dict(vae=1e-3, mjd=1e-3, dpa=3e-3), batch=2,
+                 steps=dict(vae=40, base=40, dpa=40, joint=40),
                  dpa=dict(dim=32, depth=2, heads=2, patch=32)),
-    "small": dict(size=(64, 96), frames=13, views=3, tracks=256, rate=6e-4,
-                  steps=dict(vae=3000, base=2500, dpa=800, joint=2500), batch=4,
+    "small": dict(size=(64, 96), frames=13, views=3, tracks=256,
+                  rate=dict(vae=1e-3, mjd=8e-4, dpa=2e-3), batch=4,
+                  steps=dict(vae=3000, base=2500, dpa=800, joint=2500),
                   dpa=dict(dim=96, depth=3, heads=4, patch=64)),
-    "taco": dict(size=(256, 384), frames=25, views=3, tracks=1024, rate=2e-4,
-                 steps=dict(vae=50_000, base=40_000, dpa=20_000, joint=60_000), batch=1,
+    "taco": dict(size=(256, 384), frames=25, views=3, tracks=1024,
+                 rate=dict(vae=5e-4, mjd=2e-4, dpa=5e-4), batch=1,
+                 steps=dict(vae=50_000, base=40_000, dpa=20_000, joint=60_000),
                  dpa=dict(dim=192, depth=6, heads=6, patch=128)),
-    "paper": dict(size=(480, 704), frames=49, views=3, tracks=1600, rate=1e-4,
-                  steps=dict(vae=100_000, base=5_000, dpa=5_000, joint=30_000), batch=1,
+    "paper": dict(size=(480, 704), frames=49, views=3, tracks=1600,
+                  rate=dict(vae=2e-4, mjd=1e-4, dpa=2e-4), batch=1,
+                  steps=dict(vae=100_000, base=5_000, dpa=5_000, joint=30_000),
                   dpa=dict(dim=256, depth=8, heads=8, patch=256)),
 }
 
@@ -70,7 +74,7 @@ class Settings:
     size: str = option("", "picture size HxW, default the preset's (for progressive resolution)")
     steps: int = option(0, "steps of the stage, 0 = the preset's")
     batch: int = option(0, "scenes a step, 0 = the preset's")
-    rate: float = option(0.0, "peak learning rate, 0 = the preset's")
+    rate: float = option(0.0, "peak learning rate of all networks, 0 = the preset's")
     minutes: float = option(0.0, "stop a stage after so many minutes (decay included), 0 = never")
     guidance_dropout: float = option(0.3, "share of joint steps without motion guidance")
     single_view: float = option(0.15, "share of joint steps with V = 1")
@@ -238,10 +242,10 @@ def trained_networks(models, stage):
     return {"vae": ["vae"], "base": ["mjd"], "dpa": ["dpa"], "joint": ["mjd", "dpa"]}[stage]
 
 
-def learning_rate(step, steps, peak, warmup=100):
-    """Linear warm-up, cosine decay to a twentieth."""
-    warm = min(1.0, (step + 1) / min(warmup, max(1, steps // 5)))
-    return peak * warm * (0.05 + 0.95 * (0.5 + 0.5 * math.cos(math.pi * min(1.0, step / steps))))
+def learning_rate(progress, warmup=0.02):
+    """Share of the peak learning rate at progress in [0,1]: linear warm-up, cosine to a twentieth."""
+    decay = 0.05 + 0.95 * (0.5 + 0.5 * math.cos(math.pi * progress))
+    return decay * min(1.0, progress / warmup + 0.005)
 
 
 class Trainer:
@@ -309,11 +313,12 @@ class Trainer:
         """Optimiser of a stage; from the checkpoint if it was saved within this stage."""
         self.stage, self.step = stage, 0
         self.names = trained_networks(self.models, stage)
-        parameters = [p for name in self.names for p in self.models.networks[name].parameters()]
+        groups = [dict(params=list(self.models.networks[name].parameters()),
+                       peak=self.settings.rate or self.recipe["rate"][name]) for name in self.names]
         for name, network in self.models.networks.items():
             network.requires_grad_(name in self.names).train(name in self.names)
-        self.parameters = parameters
-        self.optimiser = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.01)
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.optimiser = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.01)
         if self.settings.resume and self.state and self.state["stage"] == stage:
             self.optimiser.load_state_dict(self.state["optimiser"])
             self.step = self.state["step"]
@@ -377,10 +382,9 @@ class Trainer:
 
     def train_step(self, stage, batch, progress):
         """One optimiser step; the loss parts, gradient norm and rate for the log."""
-        rate = learning_rate(progress * 10_000, 10_000, self.settings.rate or self.recipe["rate"],
-                             warmup=200)
+        share = learning_rate(progress)
         for group in self.optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = share * group["peak"]
         with self.autocast:
             parts = stage_losses(stage, self.models, batch, self.scheduler, self.settings,
                                  self.generator)
@@ -393,7 +397,7 @@ class Trainer:
             self.check_finite(parts, norm)    # on a GPU now and then: it waits for the result
         self.optimiser.step()
         self.update_average()
-        return parts | {"gradient": norm.detach(), "rate": rate}
+        return parts | {"gradient": norm.detach(), "rate": share}
 
     def check_finite(self, parts, norm):
         """Stops before the step that would spoil the weights."""
