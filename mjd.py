@@ -309,17 +309,17 @@ class TextEncoder(nn.Module):
     def forward(self, prompts):
         device = self.embedding.weight.device
         rows = [list(prompt.encode("utf-8")) + [256] for prompt in prompts]
-        longest = max(map(len, rows))
-        if longest > self.tokens:
+        lengths = torch.tensor([[len(row)] for row in rows], device=device)
+        if lengths.max() > self.tokens:
             raise ValueError(f"expected a prompt of at most {self.tokens - 1} bytes, got "
-                             f"{longest - 1}: shorten it to '<tool, action, target>'")
+                             f"{int(lengths.max()) - 1}: shorten it to '<tool, action, target>'")
         # Padding repeats the end mark; nobody looks at it, here or in the cross-attention.
-        codes = torch.tensor([row + [256] * (longest - len(row)) for row in rows], device=device)
-        mask = torch.arange(longest, device=device) < torch.tensor([[len(row)] for row in rows],
-                                                                   device=device)
+        codes = torch.tensor([row + [256] * (self.tokens - len(row)) for row in rows],
+                             device=device)
+        mask = torch.arange(self.tokens, device=device) < lengths
         x = self.embedding(codes)                                             # (B, L, D)
         heads = self.attentions[0].heads
-        rotary = rotary_table(longest, 1, 1, x.shape[-1] // heads, device)
+        rotary = rotary_table(self.tokens, 1, 1, x.shape[-1] // heads, device)
         for layer, feed_forward in zip(self.attentions, self.mlps):
             x = x + layer(rms_norm(x), rotary, mask=mask[:, None, None])
             x = x + feed_forward(rms_norm(x))

@@ -5,9 +5,10 @@
     python sample.py --print-cameras > rig.json                 # edit it, then: --cameras rig.json
     python sample.py --eval --json eval.json                    # the tables of the README
 
-Into --out it writes video_view*.mp4, motion_view*.mp4 (the motion pseudo videos), tracks.npz (tracks
-(V,N,K,3) metres, world; valid; anchors, pixels; cameras), overview.png and overview.gif. Same seed,
-same files. All sizes come from the checkpoint; symbols, units and frames are those of data.py.
+Into --out it writes video_view*.mp4, motion_view*.mp4 (the motion pseudo videos), overview.png,
+overview.gif and tracks.npz: tracks (V,N,K,3) metres, world, valid (V,N,K), anchors (V,K,2) pixels,
+cameras, scale, fps, prompt. Same seed, same files. All sizes come from the checkpoint; symbols,
+units and frames are those of data.py.
 """
 
 import argparse
@@ -50,7 +51,7 @@ def parse(arguments=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--ref", nargs="+", metavar="IMG", help="one picture (the centre view), or one a view")
-    add("--prompt", default="<spatula, scrape off, plate>", help="<tool, action, target>, or any text")
+    add("--prompt", default="<spatula, scrape off, plate>", help="<tool, action, target>, or a text")
     add("--cameras", metavar="JSON", help="rig to film with, in the format of --print-cameras")
     add("--print-cameras", action="store_true", help="print the default rig as JSON and stop")
     add("--preset", default="small", help="shorthand for the shipped weights/PRESET.pt")
@@ -63,7 +64,7 @@ def parse(arguments=None):
     add("--cycle-every", type=int, default=1, help="steps between rounds of the loop")
     add("--no-cycle", action="store_true", help="no loop: aligned tracks do not guide the video")
     add("--no-dpa", action="store_true", help="no aligner, hence no loop: the coarse tracks")
-    add("--eval", action="store_true", help="measure on held-out synthetic scenes, print the tables")
+    add("--eval", action="store_true", help="measure on held-out scenes and print the tables")
     add("--split", choices=("val", "unseen", "both"), default="both", help="scenes of --eval")
     add("--scenes", type=int, default=48, help="scenes of --eval, a split")
     add("--json", type=Path, metavar="FILE", help="where --eval writes its tables")
@@ -85,7 +86,7 @@ def parse(arguments=None):
 
 
 def load(settings):
-    """The networks of --preset or --weights on their device; ValueError says why they are refused."""
+    """The networks of --preset or --weights, on their device; ValueError says why not."""
     path = Path(settings.weights or WEIGHTS / f"{settings.preset}.pt")
     if not settings.weights and not path.is_file():
         known = ", ".join(sorted(file.stem for file in WEIGHTS.glob("*.pt"))) or "none yet"
@@ -94,8 +95,9 @@ def load(settings):
     cuda = torch.cuda.is_available() and settings.device != "cpu"
     try:
         models = load_models(path, "cuda" if cuda else "cpu")
-        views, frames, tracks, size = (models.config[k] for k in ("views", "frames", "tracks", "size"))
-        nominal_rig(views, size), range(tracks), models.vae.latent_size(frames, *size)
+        config = models.config
+        nominal_rig(config["views"], config["size"]), range(config["tracks"])
+        models.vae.latent_size(config["frames"], *config["size"])
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise ValueError(f"expected a checkpoint of train.py in {path}, but its settings make no "
                          f"networks ({first_line(error)}): train or copy it again") from None
@@ -110,10 +112,10 @@ def first_line(error):
 # ------------------------------------------------------------------------------- pictures, cameras
 
 def read_picture(path, size):
-    """An image file of any kind as (3,H,W) in [-1,1]: first frame, upright, fitted to size (H,W)."""
+    """An image file of any kind, its first frame, upright, as (3,H,W) in [-1,1]."""
     if not Path(path).is_file():
         found = "a folder" if Path(path).is_dir() else "nothing"
-        raise ValueError(f"--ref: expected an image file at {path!r}, found {found}: check the path")
+        raise ValueError(f"--ref: expected an image file, got {found} at {path!r}: check the path")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                        # of Pillow, about large pictures
@@ -129,12 +131,13 @@ def read_picture(path, size):
 
 
 def fit(pixels, size):
-    """Pixels (h,w,1..4) -> (3,H,W) in [0,1]: on white, centre-cropped to the aspect, area-resized."""
+    """Pixels (h,w,1..4) -> (3,H,W) in [0,1]: on white, centre-cropped to H:W, area-resized."""
     if pixels.ndim != 3 or pixels.shape[2] > 4:
         raise ValueError(f"expected pixels (h,w,1..4), got {pixels.shape}")
     step = max(1, min(pixels.shape[0] // size[0], pixels.shape[1] // size[1]) // 8)
     whole = {"b1": 1, "u1": 255, "f4": 1, "f8": 1}.get(pixels.dtype.str[1:], 65535)
-    picture = torch.tensor(pixels[::step, ::step].astype(np.float32) / whole).nan_to_num().clamp(0, 1)
+    picture = torch.tensor(pixels[::step, ::step].astype(np.float32) / whole)
+    picture = picture.nan_to_num().clamp(0, 1)
     if picture.shape[2] in (2, 4):
         picture = picture[..., :-1] * picture[..., -1:] + 1 - picture[..., -1:]
     picture = rearrange(picture.expand(-1, -1, 3), "h w c -> 1 c h w")
@@ -159,7 +162,8 @@ def read_rig(path, size):
         names = [str(view.get("name", index)) for index, view in enumerate(rig["views"])]
         intrinsics, extrinsics = (torch.tensor([view[key] for view in rig["views"]]).float()
                                   for key in ("intrinsics", "extrinsics"))
-        intrinsics[:, :2] *= torch.tensor([size[1] / rig["size"][1], size[0] / rig["size"][0]])[:, None]
+        resize = torch.tensor([size[1] / rig["size"][1], size[0] / rig["size"][0]])
+        intrinsics[:, :2] *= resize[:, None]
         rotation = extrinsics[:, :3, :3]
         wrong = [name for name, fine in {
             "the matrices are not (V,3,3) and (V,4,4)":
@@ -182,9 +186,9 @@ def read_rig(path, size):
 # -------------------------------------------------------------------------------------- generation
 
 def generate(models, settings):
-    """The closed loop (Sec. 3.5) on the user's pictures. A namespace of CPU tensors: video (V,3,N,H,W)
-    in [-1,1], pseudo in [0,1], tracks (V,N,K,3) metres, world, valid (V,N,K), anchors (V,K,2) pixels,
-    scale (V,2) metres, cameras; and names and given of the views, prompt, size."""
+    """The closed loop (Sec. 3.5) on the user's pictures. A namespace of CPU tensors: video
+    (V,3,N,H,W) in [-1,1], pseudo in [0,1], tracks (V,N,K,3) metres, world, valid (V,N,K), anchors
+    (V,K,2) pixels, scale (V,2) metres, cameras; and names and given of the views, prompt, size."""
     config, size = models.config, tuple(models.config["size"])
     if settings.cameras:
         *cameras, names = read_rig(settings.cameras, size)
@@ -193,19 +197,21 @@ def generate(models, settings):
         names = [VIEW_NAMES[view % 3] for view in range(config["views"])]
     views, count = len(names), len(settings.ref)
     if count not in (1, views):
-        raise ValueError(f"--ref: expected 1 picture (the centre view) or {views} (one a view, left to "
-                         f"right), got {count}")
+        raise ValueError(f"--ref: expected 1 picture (of the centre view) or {views} (one a view, "
+                         f"left to right), got {count}: add or leave out some")
     reference, given = torch.zeros(1, views, 3, *size), torch.zeros(1, views, dtype=torch.bool)
     for view, path in enumerate(settings.ref, start=views // 2 if count == 1 else 0):
         reference[0, view], given[0, view] = read_picture(path, size), True
     device, start = models.device, time.perf_counter()
-    for state in sample(models, reference.to(device), given.to(device), [settings.prompt],
-                        [camera[None].to(device) for camera in cameras], config["frames"],
-                        settings.steps, settings.text_scale, config["tracks"],
-                        cycle=not settings.no_cycle, use_dpa=not settings.no_dpa,
-                        cycle_every=settings.cycle_every, seed=settings.seed):
-        if state.step % 5 == 0 or state.step in (1, settings.steps):
-            print(f"step {state.step}/{settings.steps}: {time.perf_counter() - start:.1f} s", flush=True)
+    with settings.autocast:
+        for state in sample(models, reference.to(device), given.to(device), [settings.prompt],
+                            [camera[None].to(device) for camera in cameras], config["frames"],
+                            settings.steps, settings.text_scale, config["tracks"],
+                            cycle=not settings.no_cycle, use_dpa=not settings.no_dpa,
+                            cycle_every=settings.cycle_every, seed=settings.seed):
+            if state.step % 5 == 0 or state.step in (1, settings.steps):
+                seconds = time.perf_counter() - start
+                print(f"step {state.step}/{settings.steps}: {seconds:.1f} s", flush=True)
     found = dict(video=state.video(), tracks=state.tracks)
     found |= {key: getattr(state.coarse, key) for key in ("pseudo", "valid", "anchors", "scale")}
     return SimpleNamespace(**{key: value[0].cpu() for key, value in found.items()}, names=names,
@@ -235,21 +241,21 @@ def write_results(result, out):
 
 
 def enlarge(clip, height):
-    """A clip (3,N,H,W) in [-1,1] as frames (N,h,w,3) uint8, every pixel a block, h about `height`."""
+    """A clip (3,N,H,W) in [-1,1] as frames (N,h,w,3) uint8 of about `height`, pixels as blocks."""
     factor = 2 * max(1, round(height / clip.shape[2] / 2))              # even, as codecs want it
     frames = ((rearrange(clip, "c n h w -> n h w c").clamp(-1, 1) + 1) * 127.5).round().byte()
     return frames.repeat_interleave(factor, 1).repeat_interleave(factor, 2).numpy()
 
 
 def overview(result, path, columns=7):
-    """overview.png: the video and the pseudo video of every view over time, and the tracks in 3D."""
+    """overview.png: video and pseudo video of every view over time, and the tracks in 3D."""
     views, _, frames, height, width = result.video.shape
     columns = min(columns, frames)
     tall = 22 * views / columns * height / width + 1.2                  # inches
     figure = Figure(figsize=(17.5, tall))
     figure.suptitle(result.prompt, fontsize=18, y=1 - 0.2 / tall)
-    left, right = figure.add_gridspec(1, 2, width_ratios=(11, 5.5), wspace=0.02, left=0.055, right=0.99,
-                                      top=1 - 0.85 / tall, bottom=0.2 / tall)
+    left, right = figure.add_gridspec(1, 2, width_ratios=(11, 5.5), wspace=0.02, left=0.055,
+                                      right=0.99, top=1 - 0.85 / tall, bottom=0.2 / tall)
     strips = left.subgridspec(2 * views, 1, hspace=0.03).subplots()
     for index, axes in enumerate(strips):
         view, motion = divmod(index, 2)
@@ -263,27 +269,26 @@ def overview(result, path, columns=7):
     times = [f"{n / FPS:.2f} s" for n in torch.linspace(0, frames - 1, columns).round()]
     strips[0].set_xticks((np.arange(columns) + 0.5) * width, times)
     strips[0].tick_params(labeltop=True, labelbottom=False, length=0)
-    axes = figure.add_subplot(right, projection="3d")
-    draw_tracks(axes, result, frames - 1, azimuth=-70, trail=frames)
-    axes.set_title("the motion as metric 3D tracks of all views, in the colours of\nthe motion videos, "
-                   "over a 5 cm grid on the table", fontsize=11, y=1)
+    draw_tracks(figure.add_subplot(right, projection="3d"), result, frames - 1, -70, trail=frames)
+    figure.text(0.84, 0.25 / tall, "the motion as metric 3D tracks of all views, in the colours\n"
+                "of the motion videos; grid of 5 cm on the table", fontsize=11, ha="center")
     figure.savefig(path, dpi=110)
 
 
 def draw_tracks(axes, result, frame, azimuth, trail):
-    """Tracks of all views in `frame` and the `trail` frames before, over a grid on the table."""
+    """Tracks of all views: `frame` as points, the `trail` frames before as lines, a table."""
     axes.clear()
     axes.set_axis_off()
     kept = result.valid.float().mean(1) > 0.5                           # (V,K): read in most frames
     kept = kept if kept.any() else torch.ones_like(kept)
     paths = rearrange(result.tracks, "v n k c -> v k n c")[kept].numpy()                # (P,N,3)
     depth = project(result.tracks[:, 0], result.intrinsics, result.extrinsics)[1]       # (V,K)
-    colours = anchor_colours(result.anchors, depth, result.scale[:, None], result.size)[kept].numpy()
+    colours = anchor_colours(result.anchors, depth, result.scale[:, None], result.size)
+    colours, recent = colours[kept].numpy(), paths[:, max(0, frame - trail):frame + 1]
     middle, lines = np.median(paths, (0, 1)), np.linspace(-0.2, 0.2, 9)
     grid = np.array([[(x, -0.2), (x, 0.2)] for x in lines] + [[(-0.2, x), (0.2, x)] for x in lines])
     grid = np.pad(grid + middle[:2].round(2), ((0, 0), (0, 0), (0, 1)))
     axes.add_collection3d(Line3DCollection(grid, colors="0.85", linewidths=0.6))
-    recent = paths[:, max(0, frame - trail):frame + 1]
     axes.add_collection3d(Line3DCollection(recent, colors=colours, linewidths=0.7, alpha=0.6))
     axes.scatter(*paths[:, frame].T, c=colours, s=7, depthshade=False, linewidths=0)
     for limits, centre in zip((axes.set_xlim, axes.set_ylim, axes.set_zlim), middle):
@@ -294,25 +299,26 @@ def draw_tracks(axes, result, frame, azimuth, trail):
 
 def animation(result, path):
     """overview.gif: video and pseudo video of every view, beside the tracks, which sway slowly."""
-    pictures = np.concatenate([np.concatenate([enlarge(video, 128), enlarge(2 * pseudo - 1, 128)], 2)
-                               for video, pseudo in zip(result.video, result.pseudo)], 1)
-    frames, side = pictures.shape[:2]
+    pairs = [np.concatenate([enlarge(clip, 128) for clip in (video, 2 * pseudo - 1)], 2)
+             for video, pseudo in zip(result.video, result.pseudo)]
+    pictures = np.concatenate(pairs, 1)                                         # (N, side, w, 3)
+    frames, side, width = pictures.shape[:3]
     canvas = FigureCanvasAgg(Figure(figsize=(side / 100, side / 100), dpi=100))
     axes = canvas.figure.add_axes((0, 0, 1, 1), projection="3d")
     palette = "split[a][b];[a]palettegen[p];[b][p]paletteuse=dither=bayer:bayer_scale=2"
-    stream = imageio_ffmpeg.write_frames(path, (pictures.shape[2] + side, side), fps=FPS, codec="gif",
-                                         pix_fmt_out="pal8", macro_block_size=1,
-                                         ffmpeg_log_level="error",
-                                         output_params=["-filter_complex", palette])
-    stream.send(None)
+    gif = imageio_ffmpeg.write_frames(path, (width + side, side), fps=FPS, codec="gif",
+                                      pix_fmt_out="pal8", macro_block_size=1,
+                                      ffmpeg_log_level="error",
+                                      output_params=["-filter_complex", palette])
+    gif.send(None)
     count = frames * math.ceil(24 / frames)
     for index in range(count):
-        sway = math.sin(2 * math.pi * index / count)
-        draw_tracks(axes, result, index % frames, -70 + 25 * sway, trail=4)
+        azimuth = -70 + 25 * math.sin(2 * math.pi * index / count)
+        draw_tracks(axes, result, index % frames, azimuth, trail=4)
         canvas.draw()
         panel = np.array(canvas.buffer_rgba())[..., :3]
-        stream.send(np.concatenate([pictures[index % frames], panel], 1))
-    stream.close()
+        gif.send(np.concatenate([pictures[index % frames], panel], 1))
+    gif.close()
 
 
 # ----------------------------------------------------------------------- metrics, each of one scene
@@ -375,8 +381,8 @@ def matching_pixels(video, intrinsics, extrinsics, similarity=0.7, tolerance=1.5
 
 
 def patch_consistency(video):
-    """In place of Subject Consistency (DINO): how well patches are found again, the mean best cosine
-    of those of frames 1.. with those of frame 0 and with those of the frame before."""
+    """In place of Subject Consistency (DINO): how well patches are found again, the mean best
+    cosine of those of frames 1.. with those of frame 0 and with those of the frame before."""
     found = [patches(clip)[0] for clip in video]
     pairs = [(x[1:], y.expand_as(x[1:])) for x in found for y in (x[:1], x[:-1])]
     return torch.stack([(x @ y.mT).amax(2).mean() for x, y in pairs]).mean().item()
@@ -390,15 +396,15 @@ def motion_degree(video, threshold=0.2):
 
 
 def relative_errors(tracks, truth, visible, extrinsics):
-    """|p - p*| / max(|p*|, 0.01 m) of the visible points of frames 1.., p* in the view's own camera;
-    (V,N,K,3) metric, without alignment. RPE is the mean, PI the share under 0.25."""
+    """|p - p*| / max(|p*|, 0.01 m) of the visible points of frames 1.., p* in the view's own
+    camera; (V,N,K,3) metric, without alignment. RPE is the mean, PI the share under 0.25."""
     distance = (truth - camera_centres(extrinsics)[:, None, None]).norm(dim=-1)
     return ((tracks - truth).norm(dim=-1) / distance.clamp_min(0.01))[:, 1:][visible[:, 1:]]
 
 
 def cross_view_errors(tracks, truth, visible, extrinsics):
-    """The same between views: a track p of view a, brought into camera b, against b's own track q of
-    the point that is truly nearest in frame 0 (and within 1 cm): |(p - q) - (p* - q*)| / |p*|,
+    """The same between views: a track p of view a, brought into camera b, against b's own track q
+    of the point that is truly nearest in frame 0 (and within 1 cm): |(p - q) - (p* - q*)| / |p*|,
     where both are visible. Views that agree have 0, and so has the truth."""
     found = [tracks.new_zeros(0)]
     for a, b in permutations(range(len(tracks)), 2):
@@ -423,8 +429,8 @@ def video_scores(video, scene, views):
 
 
 def track_scores(tracks, scene):
-    """Tab. 2: all metrics of tracks (V,N,K,3): RPE and PI in %, Chamfer (squared, both ways) in cm^2,
-    smoothness (mean |second difference|, less is smoother) and mean errors by part in cm."""
+    """Tab. 2: all metrics of tracks (V,N,K,3): RPE and PI in %, Chamfer (squared, both ways) in
+    cm^2, smoothness (mean |second difference|, less is smoother) and mean errors by part in cm."""
     truth, visible, extrinsics = scene["tracks"], scene["visible"], scene["extrinsics"]
     own = relative_errors(tracks, truth, visible, extrinsics)
     cross = cross_view_errors(tracks, truth, visible, extrinsics)
@@ -441,22 +447,23 @@ def track_scores(tracks, scene):
 
 # -------------------------------------------------------------------------------------- evaluation
 
-# Tab. 3: name of a row and the runs that its video and tracks come from. Our MJD is joint from the
-# start: the video of row 2 is that of row 3, its motion is not counted (the paper trains one without).
+# Tab. 3: name of a row, and the runs that its video and its tracks come from. Our MJD is joint from
+# the start: row 2 is the video of row 3 without its motion (the paper trains one without motion).
 ABLATION = (("one view at a time", "single", "single"), ("multi-view, video only", "open", None),
             ("joint motion (MJD), no DPA", "open", "coarse"), ("DPA, no loop", "open", "aligned"),
             ("closed loop (full)", "closed", "closed"))
-EVAL_BATCH = 4                                   # scenes sampled together; results depend on it
+EVAL_BATCH = 4                     # scenes sampled together; their noise depends on it
 
 
 def true_anchors(scenes):
     """Pixels (B,V,K,2) of the true tracks in frame 0: sampled tracks follow them, slot by slot."""
-    cameras = fold(scenes["intrinsics"]), fold(scenes["extrinsics"])
-    return project(fold(scenes["tracks"][:, :, 0]), *cameras)[0].view_as(scenes["tracks"][:, :, 0, :, :2])
+    starts = scenes["tracks"][:, :, 0]
+    uv, _ = project(fold(starts), fold(scenes["intrinsics"]), fold(scenes["extrinsics"]))
+    return uv.unflatten(0, starts.shape[:2])
 
 
 def run(models, scenes, settings, given=None, **options):
-    """The last SampleState of a batch of true scenes; given: views that are shown, by default all."""
+    """The last SampleState of a batch of true scenes; given: views shown, by default all."""
     count, views = scenes["video"].shape[:2]
     shown = torch.tensor([[given is None or view in given for view in range(views)]] * count)
     anchors = true_anchors(scenes)
@@ -522,81 +529,83 @@ def measure(models, settings, split):
         new = run(models, moved, settings, order[:1]).video()
         for i, index in enumerate(indices):
             scene, other = ({k: value[i] for k, value in x.items()} for x in (scenes, moved))
+            drawn = scene | {"video": scene["pseudo"]}
+            found["pseudo", ""].append(video_scores(pseudo[i], drawn, views))
             for name, video in videos.items():
                 found["video", name].append(video_scores(video[i], scene, views))
             for name, points in tracks.items():
                 found["tracks", name].append(track_scores(points[i], scene))
-            found["tracks", None].append({})
-            found["pseudo", ""].append(video_scores(pseudo[i], scene | {"video": scene["pseudo"]}, views))
-            for n, video in given.items():        # with all given: the views that one alone invents
-                found["references", str(n)].append(video_scores(video[i], scene, order[n:] or order[1:]))
+            for n, video in given.items():    # with all given: the views that one has to invent
+                hidden = order[n:] or order[1:]
+                found["references", str(n)].append(video_scores(video[i], scene, hidden))
             for view in order[1:]:
-                found["cameras", f"{sides[view % 3]} degrees"].append(video_scores(new[i], other, [view]))
+                name = f"{sides[view % 3]} degrees"
+                found["cameras", name].append(video_scores(new[i], other, [view]))
             found["trials", ""] += action_trials(models, settings, dataset, index)
-        print(f"{split}: {indices[-1] + 1} of {settings.scenes} scenes", file=sys.stderr, flush=True)
+        print(f"{split}: {indices[-1] + 1}/{settings.scenes} scenes", file=sys.stderr, flush=True)
     return found
 
 
 def summary(runs):
     """Mean over scenes of every metric and, as KEY_ci, half the width of its 95 % interval."""
     row = {}
-    for key in runs[0]:
+    for key in runs[0] if runs else ():
         values = np.array([run[key] for run in runs])
         values = values[np.isfinite(values)]
-        row[key] = round(float(values.mean()), 4) if len(values) else None
-        row[key + "_ci"] = (round(float(1.96 * values.std(ddof=1) / len(values) ** 0.5), 4)
-                            if len(values) > 1 else None)
+        wide = 1.96 * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
+        for name, value in ((key, values.mean() if len(values) else None), (key + "_ci", wide)):
+            row[name] = None if value is None else round(float(value), 4)
     return row
 
 
 def tables(found):
-    """The tables of one split. `gain` is the paired difference to the row above, with its interval."""
+    """The tables of a split. `gain`: the paired difference to the row above, with its interval."""
     def row(video, tracks):
-        return [v | t for v, t in zip(found["video", video], found["tracks", tracks])]
+        points = found["tracks", tracks] if tracks else [{}] * len(found["video", video])
+        return [v | t for v, t in zip(found["video", video], points)]
 
     rows = [row(*runs) for _, *runs in ABLATION]
-    ablation = [dict.fromkeys(summary(rows[-1])) | {"name": name} | summary(runs)
-                for (name, *_), runs in zip(ABLATION, rows)]
+    keys = dict.fromkeys(summary(rows[-1]))          # the row without tracks has nulls for theirs
+    ablation = [{"name": name} | keys | summary(now) for (name, *_), now in zip(ABLATION, rows)]
     for entry, now, before in zip(ablation[1:], rows[1:], rows):
-        entry["gain"] = summary([{k: a[k] - b[k] for k in a if k in b} for a, b in zip(now, before)])
-    trials, confusion = found["trials", ""], defaultdict(lambda: defaultdict(int))
-    for prompted, nearest, _ in trials:
+        pairs = zip(now, before)
+        entry["gain"] = summary([{k: a[k] - b[k] for k in a if k in b} for a, b in pairs])
+    confusion = defaultdict(lambda: defaultdict(int))
+    for prompted, nearest, _ in found["trials", ""]:
         confusion[prompted][nearest] += 1
-    accuracy = {"trials": len(trials), "confusion": confusion} | summary(
-        [{"accuracy": float(a == b), "chance": chance} for a, b, chance in trials] or [{}])
-    return {"ablation": ablation, "action_accuracy": accuracy,
-            "baseline": {"name": "reference frame repeated, nothing moves"} | summary(row("still", "still")),
+    trials = [{"accuracy": a == b, "chance": chance} for a, b, chance in found["trials", ""]]
+    return {"ablation": ablation,
+            "baseline": {"name": "reference frame repeated"} | summary(row("still", "still")),
             "ceiling": {"name": "VAE round trip"} | summary(row("codec", "codec")) | {
                 "pseudo": summary(found["pseudo", ""]), "truth": summary(row("truth", "truth"))},
             "depth": {"of frame 0 (DaS)": summary(found["tracks", "frozen"]),
-                      "of every frame": summary(found["tracks", "closed"])}} | {
-        table: {name: summary(runs) for (kind, name), runs in found.items() if kind == table}
-        for table in ("references", "cameras")}
+                      "of every frame": summary(found["tracks", "closed"])},
+            "action_accuracy": summary(trials) | {"trials": len(trials), "confusion": confusion},
+            } | {table: {name: summary(runs) for (kind, name), runs in found.items()
+                         if kind == table} for table in ("references", "cameras")}
 
 
 def print_tables(split, report):
-    """The tables of one split as text: mean +- half width of the 95 % interval."""
-    columns = ("matching_pixels", "psnr_moving", "psnr", "ssim", "rpe", "mv_rpe", "pi", "mv_pi", "chamfer",
-               "smoothness", "hands+tool", "target", "all")
-
-    def line(name, row):
-        cells = (f"{row[key]:.2f} +- {row[key + '_ci'] or 0:.2f}" if row.get(key) is not None else "-"
+    """The tables of a split as text: mean +- half the width of the 95 % interval."""
+    columns = ("matching_pixels", "psnr_moving", "psnr", "ssim", "rpe", "mv_rpe", "pi", "mv_pi",
+               "hands+tool", "target", "all")
+    print(f"\n{split:28}" + "".join(f"{name:>16}" for name in columns))
+    rows = [(row["name"], row) for row in report["ablation"]]
+    rows += [(report[key]["name"], report[key]) for key in ("baseline", "ceiling")]
+    rows += [("the truth", report["ceiling"]["truth"])]
+    rows += [(f"{table} {name}", row) for table in ("depth", "references", "cameras")
+             for name, row in report[table].items()]
+    for name, row in rows:
+        cells = ("-" if row.get(key) is None else f"{row[key]:.2f} +-{row[key + '_ci'] or 0:6.2f}"
                  for key in columns)
-        print(f"{name[:28]:28}" + "".join(f"{cell:>17}" for cell in cells))
-
-    print(f"\n{split:28}" + "".join(f"{name:>17}" for name in columns))
-    for row in (*report["ablation"], report["baseline"], report["ceiling"]):
-        line(row["name"], row)
-    line("the truth", report["ceiling"]["truth"])
-    for table in ("depth", "references", "cameras"):
-        for name, row in report[table].items():
-            line(f"{table} {name}", row)
+        print(f"{name:28}" + "".join(f"{cell:>16}" for cell in cells))
     print("action accuracy:", json.dumps(report["action_accuracy"]))
 
 
 def evaluate(models, settings):
     """--eval: prints the tables of every split, and keeps them as JSON."""
-    report = {"weights": {"file": Path(settings.weights or f"{settings.preset}.pt").name} | models.config}
+    name = Path(settings.weights or f"{settings.preset}.pt").name
+    report = {"weights": {"file": name} | models.config}
     for split in ("val", "unseen") if settings.split == "both" else (settings.split,):
         start = time.perf_counter()
         report[split] = tables(measure(models, settings, split)) | dict(
@@ -618,23 +627,24 @@ def main(arguments=None):
             size = models.config["size"]
             print(rig_as_json(*nominal_rig(models.config["views"], size), size))
             return 0
+        folder = settings.out if not settings.eval else settings.json and settings.json.parent
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)    # before the work, not after it
         # Around the networks only: geometry and metrics stay in fp32.
         settings.autocast = torch.autocast(models.device.type, torch.bfloat16,
                                            enabled=bf16_is_faster(models.device))
-        folder = settings.out if not settings.eval else settings.json and settings.json.parent
-        if folder:                                       # before the work, not after it
-            folder.mkdir(parents=True, exist_ok=True)
         with torch.inference_mode():
             if settings.eval:
                 evaluate(models, settings)
                 return 0
             names = write_results(generate(models, settings), settings.out)
-        print(f"wrote {', '.join(names)} into {settings.out} in {time.perf_counter() - start:.1f} s")
+        seconds = time.perf_counter() - start
+        print(f"wrote {', '.join(names)} into {settings.out} in {seconds:.1f} s")
     except ValueError as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"sample.py: could not write ({first_line(error)}): free some space, or choose another "
+        print(f"sample.py: could not write ({first_line(error)}): free some space, or give another "
               "--out or --json", file=sys.stderr)
         return 2
     return 0

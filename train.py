@@ -86,7 +86,7 @@ class Settings:
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"))
     precision: str = option("auto", "auto: bf16 if measured faster",
                             choices=("auto", "fp32", "bf16"))
-    compile: bool = option(False, "torch.compile the networks (minutes to start, faster after)")
+    compile: bool = option(False, "torch.compile the MJD's blocks (a minute to start)")
     checkpointing: bool = option(False, "recompute activations block by block to save memory")
     log_every: int = option(20, "steps between log lines")
     save_every: int = option(200, "steps between checkpoints")
@@ -271,9 +271,9 @@ class Trainer:
         self.announce(bf16)
         self.models.mjd.checkpointing = settings.checkpointing
         self.models.mjd.fused = cuda          # on a CPU the explicit product measured faster
-        if settings.compile:
-            for network in (self.models.mjd, self.models.vae):
-                network.compile()
+        if settings.compile:                  # by block: all blocks share one compiled program
+            for block in self.models.mjd.blocks:
+                block.compile()
 
     # ------------------------------------------------------------------------------ checkpoints
 
@@ -320,7 +320,10 @@ class Trainer:
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimiser = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.01)
         if self.settings.resume and self.state and self.state["stage"] == stage:
+            peaks = [group["peak"] for group in groups]                 # --rate may be new
             self.optimiser.load_state_dict(self.state["optimiser"])
+            for group, peak in zip(self.optimiser.param_groups, peaks):
+                group["peak"] = peak
             self.step = self.state["step"]
             self.generator.set_state(self.state["generator"])
         else:
