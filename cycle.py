@@ -19,7 +19,6 @@ Run `python cycle.py` to watch tracks and picture improve step by step, loop on 
 """
 
 import math
-import pickle
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,16 +108,19 @@ class Models:
     config: dict = field(default_factory=dict)
 
     def to(self, device):
+        """Moves all three; returns self."""
         for module in (self.vae, self.mjd, self.dpa):
             module.to(device)
         return self
 
     @property
     def device(self):
+        """Where the networks are."""
         return self.mjd.special.device
 
     @property
     def networks(self):
+        """The three by name, as a checkpoint has them."""
         return {"vae": self.vae, "mjd": self.mjd, "dpa": self.dpa}
 
 
@@ -137,8 +139,8 @@ def load_models(path, device="cpu"):
                          f"`python train.py --stage all --out {path.parent}`")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0][:120]
+    except Exception as error:      # torch's restricted reader raises nearly anything when damaged
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0][:120]
         raise ValueError(f"expected a checkpoint of train.py in {path}, but it is damaged or holds "
                          f"more than tensors ({reason}): train or copy it again") from None
     if not isinstance(checkpoint, dict) or not {"config", "vae", "mjd", "dpa"} <= set(checkpoint):
@@ -451,6 +453,7 @@ class MotionPredictor:
         self.rays, self.given = self.copy(rays), self.copy(given)
 
     def copy(self, tensor):
+        """The batch (B,...) once, or twice with guidance: (2B,...)."""
         return None if tensor is None else torch.cat([tensor] * self.copies)
 
     def __call__(self, video, motion, t, guidance):

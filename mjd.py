@@ -351,6 +351,7 @@ class Layout:
         self.place = (cos[:self.places], sin[:self.places])
 
     def across(self, views):
+        """cos and sin (V h w, head_dim/2) for the attention over all views of one frame."""
         return tuple(table.repeat(views, 1) for table in self.place)
 
 

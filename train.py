@@ -112,7 +112,7 @@ def parse(arguments=None):
     parser.error = refuse
     settings = Settings(**vars(parser.parse_args(arguments)))
     for name in ("steps", "batch", "rate", "minutes", "scenes", "workers", "sample_every"):
-        if getattr(settings, name) < 0:
+        if not 0 <= getattr(settings, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')}: expected 0 or more, got "
                              f"{getattr(settings, name)}")
     for name in ("log_every", "save_every"):
@@ -174,6 +174,7 @@ def batches(settings, dataset, count, start, device):
 
 
 def to_device(batch, device):
+    """The sample dict with its tensors on the device."""
     return {key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
             for key, value in batch.items()}
 
@@ -243,7 +244,7 @@ def trained_networks(models, stage):
 
 
 def learning_rate(progress, warmup=0.02):
-    """Share of the peak learning rate at progress in [0,1]: linear warm-up, cosine to a twentieth."""
+    """Share of the peak rate at progress in [0,1]: linear warm-up, cosine to a twentieth."""
     decay = 0.05 + 0.95 * (0.5 + 0.5 * math.cos(math.pi * progress))
     return decay * min(1.0, progress / warmup + 0.005)
 
@@ -452,6 +453,7 @@ class Trainer:
                         "seconds_per_step": pace})
 
     def write_log(self, record):
+        """Appends a dict to log.jsonl."""
         with open(self.out / "log.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -517,6 +519,9 @@ def make_recipe(settings):
             height, width = map(int, settings.size.lower().split("x"))
         except ValueError:
             raise ValueError(f"--size: expected HxW like 64x96, got {settings.size!r}") from None
+        unit = 2 * PRESETS[settings.preset]["vae"]["strides"][1]           # a token's side
+        if min(height, width) < unit or height % unit or width % unit:
+            raise ValueError(f"--size: expected multiples of {unit}, got {settings.size}: round it")
         recipe["size"] = (height, width)
     return recipe
 
