@@ -16,11 +16,23 @@ Run `python data.py` for a look at one scene (out/data.png), `python data.py --t
 for a look at the real data set.
 """
 
+import argparse
+import functools
+import hashlib
+import io
+import itertools
+import json
 import math
 import os
 import pickle
+import struct
+import subprocess
+import sys
+import uuid
 from pathlib import Path
 
+import imageio_ffmpeg
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
@@ -1001,4 +1013,568 @@ class SyntheticHOI(torch.utils.data.Dataset):
                   for key in scenes[0]}
         return render(tables, self.size, self.tracks) | {"prompt": list(prompts)}
 
-TACO = None
+
+# ----------------------------------------------------- TACO: pickles, nothing of which is executed
+
+PICKLE_SAFE = """torch._utils._rebuild_tensor_v2 torch._utils._rebuild_parameter numpy.ndarray
+    numpy.dtype numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct
+    numpy.core.numeric._frombuffer numpy._core.numeric._frombuffer collections.OrderedDict
+    __builtin__.set builtins.set _codecs.encode""".split()
+PICKLE_INERT = """chumpy.ch.Ch chumpy.reordering.Select scipy.sparse.csc.csc_matrix
+    scipy.sparse._csc.csc_matrix""".split()            # replaced by empty classes with their fields
+
+
+class SafeUnpickler(pickle.Unpickler):
+    """Opens pickles of tensors and arrays; anything else in the file raises and does not run."""
+
+    def find_class(self, module, name):
+        full = f"{module}.{name}"
+        if full == "torch.storage._load_from_bytes":    # a pickle within: torch's restricted reader
+            return lambda data: torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+        if full in PICKLE_INERT:
+            return type(name, (), {})
+        if full in PICKLE_SAFE:
+            return super().find_class(module, name)
+        raise ValueError(f"expected tensors and arrays, got {full}: do not trust this file")
+
+
+def read_pickle(path):
+    """The content of a TACO or MANO pickle; ValueError with its name, whatever is wrong with it."""
+    try:
+        with open(path, "rb") as file:
+            return SafeUnpickler(file, encoding="latin1").load()
+    except Exception as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def as_array(value):
+    """numpy array of an array, of chumpy's Select and Ch, or of scipy's csc_matrix."""
+    if hasattr(value, "idxs"):
+        return as_array(value.a).ravel()[as_array(value.idxs)].reshape(value.preferred_shape)
+    if hasattr(value, "indptr"):
+        dense, counts = np.zeros(value._shape), np.diff(value.indptr)
+        dense[value.indices, np.repeat(np.arange(len(counts)), counts)] = value.data
+        return dense
+    return np.asarray(getattr(value, "x", value))
+
+
+# ------------------------------------------------------------- TACO: hands, objects and cameras
+
+def load_mano(folder, side):
+    """MANO_LEFT or MANO_RIGHT, .pkl or .npz, as a dict of tensors under MANO's own names."""
+    names = "v_template shapedirs posedirs J_regressor weights kintree_table f".split()
+    paths = [Path(folder) / f"MANO_{side}{ending}" for ending in (".pkl", ".npz")]
+    path = next(filter(Path.is_file, paths), None)
+    if path is None:
+        raise ValueError(f"expected {paths[0]} (or .npz), got none: the hand model has its own "
+                         "licence, get it from mano.is.tue.mpg.de")
+    content = read_pickle(path) if path.suffix == ".pkl" else np.load(path)
+    model = {name: as_array(content[name]) for name in names if name in content}
+    if set(names) - set(model) or model["posedirs"].shape != (778, 3, 135):
+        raise ValueError(f"{path}: expected {names} of 778 vertices, got {list(model)}")
+    return {name: torch.from_numpy(array.astype("f4" if array.dtype.kind == "f" else "i8"))
+            for name, array in model.items()}
+
+
+def mano_vertices(model, pose, shape, translation):
+    """Linear blend skinning as TACO uses MANO: no PCA, flat mean hand, relative to the wrist joint.
+
+    pose (N,48) axis-angle (the wrist's, then 15 joints'), shape (10,), translation (N,3) metres ->
+    vertices (N,778,3) metres, world.
+    """
+    rest = model["v_template"] + model["shapedirs"] @ shape                      # (778, 3)
+    joints = model["J_regressor"] @ rest                                         # (16, 3)
+    turn = rotation(pose.unflatten(-1, (16, 3)))                                 # (N, 16, 3, 3)
+    bend = (turn[:, 1:] - torch.eye(3)).flatten(1)                               # (N, 135)
+    posed = rest + torch.einsum("vcp,np->nvc", model["posedirs"], bend)          # (N, 778, 3)
+    turns, places = [turn[:, 0]], [torch.zeros_like(translation)]                # the wrist stays
+    for joint, parent in enumerate(model["kintree_table"][0, 1:].tolist(), 1):
+        turns.append(turns[parent] @ turn[:, joint])
+        places.append(places[parent] + turns[parent] @ (joints[joint] - joints[parent]))
+    turn = torch.stack(turns, 1)                                                 # (N, 16, 3, 3)
+    shift = torch.stack(places, 1) - (turn @ joints[..., None])[..., 0]          # (N, 16, 3)
+    turn = torch.einsum("vj,njab->nvab", model["weights"], turn)
+    shift = torch.einsum("vj,nja->nva", model["weights"], shift)
+    return (turn @ posed[..., None])[..., 0] + shift + translation[:, None]
+
+
+def read_hand(folder, side):
+    """pose (F,48) radians, translation (F,3) metres and shape (10,) of the left or right hand."""
+    frames = [frame for _, frame in sorted(read_pickle(folder / f"{side}_hand.pkl").items())]
+    pose, translation = (torch.stack([frame[part].detach().float().flatten() for frame in frames])
+                         for part in ("hand_pose", "hand_trans"))
+    shape = read_pickle(folder / f"{side}_hand_shape.pkl")["hand_shape"]
+    return pose, translation, shape.detach().float().flatten()
+
+
+@functools.lru_cache(maxsize=64)
+def load_obj(path):
+    """vertices (P,3) in metres and triangles (F,3) of an .obj in centimetres."""
+    vertices, faces = [], []
+    for line in Path(path).read_text(errors="replace").splitlines():
+        kind, *fields = line.split() or [""]
+        if kind == "v":
+            vertices.append([float(field) / 100 for field in fields[:3]])
+        elif kind == "f":                                  # v, v/vt or v/vt/vn; polygons as fans
+            first, *others = [int(field.split("/")[0]) - 1 for field in fields]
+            faces += [[first, *pair] for pair in zip(others, others[1:])]
+    if not faces or max(map(max, faces)) >= len(vertices):
+        raise ValueError(f"{path}: expected faces and their vertices, got a damaged mesh")
+    return torch.tensor(vertices), torch.tensor(faces)
+
+
+def pose_meshes(models, hands, objects, window):
+    """Hands, tool and target as one moving mesh: vertices (N,P,3) metres, world, faces (F,3), and
+    each vertex's part (P,): 0 right hand, 1 left hand, 2 tool, 3 target."""
+    parts = [(mano_vertices(model, pose[window], shape, translation[window]), model["f"])
+             for model, (pose, translation, shape) in zip(models, hands)]
+    for vertices, faces, poses in objects:
+        poses = torch.from_numpy(poses[window]).float()
+        parts.append((vertices @ poses[:, :3, :3].mT + poses[:, None, :3, 3], faces))
+    firsts = np.cumsum([0] + [vertices.shape[1] for vertices, _ in parts]).tolist()
+    faces = torch.cat([faces + first for (_, faces), first in zip(parts, firsts)])
+    part = torch.tensor([1, 0, 2, 3]).repeat_interleave(torch.tensor(firsts).diff())
+    return torch.cat([vertices for vertices, _ in parts], 1), faces, part
+
+
+def read_cameras(path):
+    """{serial: intrinsics (3,3), extrinsics (4,4), picture (width, height)} of calibration.json."""
+    cameras = {}
+    for serial, entry in json.loads(path.read_text()).items():
+        extrinsics = torch.eye(4)
+        extrinsics[:3, :3] = torch.tensor(entry["R"]).reshape(3, 3)
+        extrinsics[:3, 3] = torch.tensor(entry["T"]).reshape(3)
+        cameras[serial] = {"intrinsics": torch.tensor(entry["K"]).float().reshape(3, 3),
+                           "extrinsics": extrinsics, "picture": tuple(map(int, entry["imgSize"]))}
+    return cameras
+
+
+def camera_groups(extrinsics, rightwards, groups):
+    """Numbers of the cameras (C,4,4) in `groups` lists, from the person's left to the right.
+
+    rightwards (3,): from the left to the right hand, world; the cameras' common up is taken out.
+    The cuts between groups leave the least variance within them: exact k-means on a line.
+    """
+    up = -extrinsics[:, 1, :3].mean(0)
+    along = camera_centres(extrinsics) @ (rightwards - (rightwards @ up) / (up @ up) * up)
+    cuts = itertools.combinations(range(1, len(along)), groups - 1)
+    parts = [along.argsort().tensor_split(cut) for cut in cuts]
+    return min(parts, key=lambda part: sum(len(p) * along[p].var(correction=0) for p in part))
+
+
+# --------------------------------------------------------------------------------- TACO: videos
+
+def mp4_header(path, needed=1):
+    """(frames, frames per second) from an mp4's index, without decoding.
+
+    ValueError for a truncated file and for fewer frames than `needed`.
+    """
+    with open(path, "rb") as file:
+        movie, at, end = b"", 0, file.seek(0, os.SEEK_END)
+        while at + 8 <= end:                        # walk over the boxes: a missing end is noticed
+            file.seek(at)
+            size, kind = struct.unpack(">I4s", file.read(8))
+            size = struct.unpack(">Q", file.read(8))[0] if size == 1 else size or end - at
+            if size < 8 or at + size > end:
+                raise ValueError("truncated video")
+            movie = file.read(size - 8) if kind == b"moov" else movie
+            at += size
+    track = movie.find(b"vide")                     # the video track: its clock, then its samples
+    clock, samples = movie.rfind(b"mdhd", 0, track), movie.find(b"stsz", track)
+    if min(track, clock, samples) < 0:
+        raise ValueError("truncated video, or no mp4: it has no index")
+    layout, skip = (">IQ", 24) if movie[clock + 4] else (">II", 16)
+    ticks, duration = struct.unpack_from(layout, movie, clock + skip)
+    frames, = struct.unpack_from(">I", movie, samples + 12)
+    if frames < needed or duration == 0:
+        raise ValueError(f"{frames} frames of {needed}")
+    return frames, frames * ticks / duration
+
+
+def crop_box(uv, size, margin=0.1):
+    """The box (x, y, width, height) of size's aspect around uv (...,2) pixels, and a matrix (3,3).
+
+    The matrix maps source pixels to those of the crop resized to (H,W): u' = (u - x) W / width.
+    The box is even, because the videos store their colours for blocks of 2x2 pixels.
+    """
+    low, high = uv.flatten(0, -2).amin(0), uv.flatten(0, -2).amax(0)
+    width, height = ((high - low) * (1 + 2 * margin)).clamp_min(16).tolist()
+    width, height = max(width, height * size[1] / size[0]), max(height, width * size[0] / size[1])
+    corner = (low + high - torch.tensor([width, height])) / 2
+    x, y, width, height = (2 * round(side / 2) for side in (*corner.tolist(), width, height))
+    across, down = size[1] / width, size[0] / height
+    matrix = torch.tensor([[across, 0, -x * across], [0, down, -y * down], [0, 0, 1]])
+    return (x, y, width, height), matrix
+
+
+def decode_window(path, window, box, picture, size):
+    """Frames `window` (ascending) of a video, cropped and scaled inside ffmpeg: uint8 (3,N,H,W).
+
+    box (x, y, width, height) is black where it leaves the picture (width, height). ffmpeg seeks to
+    the keyframe before the window and stops at its end.
+    """
+    x, y, width, height = box
+    left, top = max(0, -x), max(0, -y)
+    right, bottom = max(0, x + width - picture[0]), max(0, y + height - picture[1])
+    graph = ("select=" + "+".join(rf"eq(n\,{frame - window[0]})" for frame in window) +
+             f",pad={picture[0] + left + right}:{picture[1] + top + bottom}:{left}:{top}"
+             f",crop={width}:{height}:{x + left}:{y + top}"
+             f",scale={size[1]}:{size[0]}:flags=area+accurate_rnd")
+    start = max(0, window[0] - 0.5) / mp4_header(path)[1]   # half a frame early, against rounding
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-ss", f"{start:.6f}",
+               "-i", f"file:{path}", "-vf", graph, "-fps_mode", "passthrough", "-frames:v",
+               str(len(window)), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    result = subprocess.run(command, capture_output=True, timeout=600)
+    if len(result.stdout) != len(window) * size[0] * size[1] * 3:
+        raise ValueError(f"{path}: expected {len(window)} frames, got {len(result.stdout)} bytes; "
+                         f"{result.stderr.decode(errors='replace').strip()[-200:]}")
+    pixels = torch.frombuffer(bytearray(result.stdout), dtype=torch.uint8)
+    return rearrange(pixels, "(n h w c) -> c n h w", n=len(window), h=size[0], w=size[1])
+
+
+# ------------------------------------------------------------- TACO: tracks and pseudo videos
+
+def sample_surface(vertices, faces, density):
+    """Points spread evenly by area, `density` a square metre: corners (P,3) and weights (P,3,1).
+
+    Equal steps along the summed area choose the faces and a low-discrepancy sequence the places in
+    them, which leaves far fewer gaps than independent draws. They are the same in all frames.
+    """
+    a, b, c = vertices[faces].double().unbind(1)
+    area = torch.linalg.cross(b - a, c - a).norm(dim=-1).cumsum(0) / 2
+    steps = torch.arange(min(int(density * area[-1]) + 1, 1 << 24), dtype=torch.float64)
+    chosen = torch.searchsorted(area, (steps + 0.5) / len(steps) * area[-1])
+    place = (steps[:, None] * torch.tensor([0.7548776662466927, 0.5698402909980532])) % 1
+    place = torch.where(place.sum(1, keepdim=True) > 1, 1 - place, place)  # fold square to triangle
+    weights = torch.cat([1 - place.sum(1, keepdim=True), place], 1)
+    return faces[chosen.clamp_max(len(faces) - 1)], weights.float()[..., None]
+
+
+def surface_visible(uv, depth, nearest, focal, fine):
+    """Which points uv (V,P,2), depth (V,P) are seen in the z-buffer nearest (V,h,w), (V,P) bool.
+
+    A point may lie as far behind the surface as two pixels are wide (focal (V,) pixels): faces
+    tilted up to 60 degrees pass. The centre of its block of fine x fine pixels, which is what the
+    pseudo video shows, must show about the same depth.
+    """
+    limit = torch.tensor(nearest.shape[:0:-1])
+    inside = ((uv >= 0) & (uv < limit)).all(-1) & (depth > 0)
+    pixel = torch.where(inside[..., None], uv, 0).long()
+    surface, shown = (nearest.flatten(1).gather(1, at[..., 1] * limit[0] + at[..., 0])
+                      for at in (pixel, pixel // fine * fine + fine // 2))
+    tolerance = 2 * depth / focal[:, None]
+    return inside & (depth - surface < tolerance) & ((depth - shown).abs() < fine * tolerance)
+
+
+def render_meshes(vertices, faces, part, intrinsics, extrinsics, size, count, generator):
+    """Tracks and pseudo videos of moving meshes, from one z-buffer of their surface points.
+
+    vertices (N,P,3) metres, world, faces (F,3), part (P,) -> tracks (V,N,K,3), each visible in
+    frame 0, visible (V,N,K), their part (V,K), pseudo (V,3,N,H,W) in [0,1], scale (V,2) metres.
+    Eight points a pixel, each drawn in the one it falls into: no holes and no thickened outlines.
+    Small pictures are drawn three times finer and read at the pixels' centres, so that depths are
+    compared to a few millimetres, less than the thickness of a finger.
+    """
+    views, fine = len(intrinsics), 3 if size[0] < 100 else 1
+    lens = intrinsics * torch.tensor([fine, fine, 1.0])[:, None]
+    grid, focal = (fine * size[0], fine * size[1]), lens[:, 0, 0]
+    centre = (slice(None), slice(fine // 2, None, fine), slice(fine // 2, None, fine))
+    away = project(vertices[0].expand(views, -1, -1), lens, extrinsics)[1].mean(1)
+    corners, weights = sample_surface(vertices[0], faces, 8 * (focal / away).square().max())
+    view, anchors, frames = torch.arange(views)[:, None], None, []
+    for frame in vertices:                                       # one at a time bounds the memory
+        points = (frame[corners] * weights).sum(1).expand(views, -1, -1)         # (V, P, 3)
+        uv, depth = project(points, lens, extrinsics)
+        winner, hit = splat(uv, depth, depth > 0, grid, 0.4)
+        nearest = depth.gather(1, winner).masked_fill(~hit, torch.inf).unflatten(1, grid)
+        if anchors is None:
+            seen, anchors = surface_visible(uv, depth, nearest, focal, fine), uv / fine
+            if not seen.any(1).all():
+                raise ValueError("expected hands and objects in every picture, got an empty one")
+            slots = torch.multinomial(seen.float(), count, replacement=True, generator=generator)
+        seen = surface_visible(uv[view, slots], depth[view, slots], nearest, focal, fine)
+        anchor = anchors[view[..., None], winner.unflatten(1, grid)[centre]]     # (V, H, W, 2)
+        frames.append((points[view, slots], seen, nearest[centre], anchor))
+    tracks, visible, depth, anchors = (torch.stack(part, 1) for part in zip(*frames))
+    found, known = depth.isfinite(), depth.nan_to_num(posinf=0.0)
+    scale = torch.stack([depth.flatten(1).amin(1), known.flatten(1).amax(1)], 1)
+    pseudo = anchor_colours(anchors, known, scale[:, None, None, None], size)
+    pseudo = rearrange(pseudo, "v n h w c -> v c n h w")
+    pseudo = pseudo.where(found[:, None], background_ramp(size)[None, :, None])
+    return tracks, visible, part[corners[slots, 0]], pseudo, scale
+
+
+# ------------------------------------------------------------------------- TACO: the data set
+
+VIDEOS = ("Marker_Removed_Allocentric_RGB_Videos", "Allocentric_RGB_Videos")      # the best first
+FOLDERS = (*VIDEOS, "Allocentric_Camera_Parameters", "Hand_Poses", "Object_Poses")
+HELD_OUT = {"hammer", "measure"}       # tools and actions of "unseen", the paper's two examples
+CACHE_VERSION = 1                      # to be raised whenever `TACO.build` changes
+FRAME_STEP = 30 / 8                    # source frames (30 a second) for one of ours (8 a second)
+
+
+def stable_hash(*words):
+    """A number of words and numbers that is the same in every process."""
+    return int(hashlib.sha1(repr(words).encode()).hexdigest()[:12], 16)
+
+
+class TACO(torch.utils.data.Dataset):
+    """TACO (Sec. 4.1), samples like `SyntheticHOI`'s, read from the download at `root`.
+
+    mano_dir holds MANO_LEFT and MANO_RIGHT. split: train, val, unseen or all; with a split_file
+    (lines `sequence,split`) train, test_1..test_4 or all. cache: a folder for finished samples.
+    A sequence gives `draws` samples, each with its own draw of one camera of the left, centre and
+    right group and, in train, of the start. The same seed and index give the same sample.
+    What cannot be read is skipped with one printed line, kept in `report`.
+    """
+
+    def __init__(self, root, mano_dir, split="train", size=(64, 96), frames=13, views=3, tracks=256,
+                 seed=0, cache=None, split_file=None, draws=1):
+        self.root, self.mano_dir, self.split = Path(root).resolve(), Path(mano_dir).resolve(), split
+        self.size, self.views, self.tracks, self.seed = tuple(size), views, tracks, seed
+        self.steps = [round(number * FRAME_STEP) for number in range(frames)]
+        self.cache, self.draws, self.report, self.broken = cache and Path(cache), draws, [], set()
+        lines = Path(split_file).read_text().splitlines() if split_file else []
+        self.listed = split_file and dict(line.strip().rsplit(",", 1)
+                                          for line in lines if "," in line)
+        names = "test_1 test_2 test_3 test_4" if split_file else "val unseen"
+        if split not in ["all", "train", *names.split()]:
+            raise ValueError(f"expected split all, train or one of {names}, got {split!r}")
+        found = sorted({path.relative_to(self.root / folder).as_posix() for folder in FOLDERS
+                        for path in (self.root / folder).glob("*/*")})
+        if not found:
+            raise ValueError(f"expected {self.root}/Hand_Poses/<triplet>/<sequence> and so on, got "
+                             "none: root is the folder that holds Hand_Poses")
+        self.models = [load_mano(mano_dir, side) for side in ("LEFT", "RIGHT")]
+        found = [name for name in found if split in ("all", self.split_of(name))]
+        found = [self.attempt(name, self.inspect, name) for name in found]
+        self.sequences = [sequence for sequence in found if sequence]
+
+    def __len__(self):
+        return len(self.sequences) * self.draws
+
+    def __getitem__(self, index):
+        """Sample `index`, or the next one where its sequence turns out to be unreadable."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"expected an index below {len(self)}, got {index}")
+        draw, first = divmod(index, len(self.sequences))
+        for sequence in self.sequences[first:] + self.sequences[:first]:
+            name = sequence["name"]
+            stored = name not in self.broken and self.attempt(name, self.load, sequence, draw)
+            if stored:
+                video, pseudo = stored["video"] / 127.5 - 1, stored["pseudo"] / 32767
+                return {**stored, "video": video, "pseudo": pseudo, "prompt": sequence["prompt"]}
+            self.broken.add(name)
+        raise ValueError(f"expected a readable sequence, got none: {self.report[-3:]}")
+
+    def attempt(self, name, work, *arguments):
+        """work(*arguments), or None and one line: no file may stop a run that has others."""
+        try:
+            return work(*arguments)
+        except Exception as error:
+            self.note(f"{name}: skipped: {type(error).__name__}: {error}")
+
+    def note(self, line):
+        """Prints a line and keeps it."""
+        self.report.append(line)
+        print("TACO", line, flush=True)
+
+    def summary(self):
+        """One line of what was found, then the lines of what was not."""
+        videos = sum(len(sequence["cameras"]) for sequence in self.sequences)
+        prompts = sorted({sequence["prompt"] for sequence in self.sequences})
+        head = (f"TACO at {self.root}, split {self.split}: {len(self.sequences)} sequences, "
+                f"{videos} videos, {len(prompts)} triplets: {', '.join(prompts[:4])}")
+        return "\n  ".join([head, *self.report])
+
+    def split_of(self, name):
+        """The split of "<triplet>/<sequence>": the file's, or the rule of Sec. 4.1."""
+        triplet, sequence = name.split("/")
+        if self.listed is not None:
+            return self.listed.get(sequence)
+        if HELD_OUT & {word.strip() for word in triplet.strip("()").split(",")[:2]}:
+            return "unseen"
+        return "val" if stable_hash(sequence) % 10 == 0 else "train"
+
+    def inspect(self, name):
+        """What is known of a sequence without decoding: name, prompt, files of objects, cameras."""
+        action, tool, target = (word.strip() for word in name.split("/")[0].strip("()").split(","))
+        poses = [path for role in ("tool", "target")
+                 for path in (self.root / "Object_Poses" / name).glob(f"{role}_*.npy")]
+        models = [self.root / "Object_Models" / f"{path.stem.split('_')[-1]}_cm.obj"
+                  for path in poses]
+        hands = [self.root / "Hand_Poses" / name / f"{side}_hand.pkl" for side in ("left", "right")]
+        missing = [str(path) for path in models + hands if not path.is_file()]
+        if len(poses) != 2 or missing:
+            raise ValueError(f"expected a tool and a target, got {len(poses)} poses, no {missing}")
+        length = min(len(np.load(path, mmap_mode="r")) for path in poses)
+        cameras, lost, needed = [], [], self.steps[-1] + 1
+        calibration = self.root / "Allocentric_Camera_Parameters" / name / "calibration.json"
+        for serial, camera in read_cameras(calibration).items():
+            paths = [self.root / folder / name / f"{serial}.mp4" for folder in VIDEOS]
+            video = next(filter(Path.is_file, paths), paths[-1])
+            try:
+                cameras.append({**camera, "video": video, "frames": mp4_header(video, needed)[0]})
+            except (ValueError, OSError) as error:
+                lost.append(f"{serial} ({'no video' if not video.is_file() else error})")
+        if len(cameras) < self.views or length < needed:
+            raise ValueError(f"expected {self.views} videos and {needed} poses, got {len(cameras)} "
+                             f"and {length}; lost {', '.join(lost) or 'no video'}")
+        if lost:
+            self.note(f"{name}: kept without {', '.join(lost)}")
+        return {"name": name, "prompt": f"<{tool}, {action}, {target}>", "cameras": cameras,
+                "objects": list(zip(models, poses))}
+
+    def load(self, sequence, draw):
+        """`build`, or what it gave before. A file appears whole: written aside, then renamed."""
+        if not self.cache:
+            return self.build(sequence, draw)
+        files = [str(self.mano_dir), *(str(camera["video"]) for camera in sequence["cameras"])]
+        key = stable_hash(CACHE_VERSION, files, self.size, self.steps, self.views, self.tracks,
+                          self.seed, draw, self.split == "train")
+        path = self.cache / f"{Path(sequence['name']).name}_{key:012x}.pt"
+        try:
+            return torch.load(path, weights_only=True)
+        except Exception:                                     # none yet, or damaged: make it anew
+            stored = self.build(sequence, draw)
+        self.cache.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
+        torch.save(stored, aside)
+        os.replace(aside, path)
+        return stored
+
+    def build(self, sequence, draw):
+        """One sample as it is stored: the video in bytes, the pseudo video in 16 bit numbers."""
+        generator = torch.Generator().manual_seed(stable_hash(self.seed, sequence["name"], draw))
+        folder, cameras = self.root / "Hand_Poses" / sequence["name"], sequence["cameras"]
+        hands = [read_hand(folder, side) for side in ("left", "right")]
+        objects = [(*load_obj(model), np.load(poses)) for model, poses in sequence["objects"]]
+        length = min([len(hand[0]) for hand in hands] + [len(part[2]) for part in objects] +
+                     [camera["frames"] for camera in cameras])
+        if length <= self.steps[-1]:
+            raise ValueError(f"expected {self.steps[-1] + 1} frames, got {length}")
+        start = torch.randint(length - self.steps[-1], (), generator=generator).item()
+        window = [step + start * (self.split == "train") for step in self.steps]
+        mesh = pose_meshes(self.models, hands, objects, window)
+        rightwards = hands[1][1].mean(0) - hands[0][1].mean(0)
+        rig = torch.stack([camera["extrinsics"] for camera in cameras])
+        cameras = [cameras[group[torch.randint(len(group), (), generator=generator)]]
+                   for group in camera_groups(rig, rightwards, self.views)]
+        return self.film(mesh, cameras, window, generator)
+
+    def film(self, mesh, cameras, window, generator):
+        """The stored sample of a mesh of `pose_meshes`, in frames `window` of the drawn cameras."""
+        vertices = mesh[0]
+        source, extrinsics = (torch.stack([camera[part] for camera in cameras])
+                              for part in ("intrinsics", "extrinsics"))
+        uv, depth = project(vertices.expand(self.views, *vertices.shape), source, extrinsics)
+        if not (depth > 0.05).all():
+            raise ValueError("expected hands and objects before the cameras, got broken poses")
+        boxes, crops = zip(*[crop_box(pixels, self.size) for pixels in uv])
+        video = [decode_window(camera["video"], window, box, camera["picture"], self.size)
+                 for camera, box in zip(cameras, boxes)]
+        intrinsics = torch.stack(crops) @ source
+        tracks, visible, part, pseudo, scale = render_meshes(
+            *mesh, intrinsics, extrinsics, self.size, self.tracks, generator)
+        picture = torch.tensor([camera["picture"] for camera in cameras])[:, None, None]
+        uv = project(tracks, source, extrinsics)[0]             # the camera saw no more than this:
+        visible &= ((uv >= 0) & (uv < picture)).all(-1)
+        pseudo = (32767 * (2 * pseudo - 1)).round().to(torch.int16)
+        return {"video": torch.stack(video), "pseudo": pseudo, "scale": scale, "tracks": tracks,
+                "visible": visible, "part": part, "intrinsics": intrinsics,
+                "extrinsics": extrinsics}
+
+
+def taco_contact_sheet(dataset, path, index=0, columns=5):
+    """Writes a picture of one sample: tracks over the videos, and below them the pseudo videos."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    sample = dataset[index]
+    uv = project(sample["tracks"], sample["intrinsics"], sample["extrinsics"])[0].numpy() - 0.5
+    shown = torch.linspace(0, uv.shape[1] - 1, columns).round().long().tolist()  # film_strip's
+    figure, axes = plt.subplots(2 * len(uv), figsize=(3 * columns, 4 * len(uv)))
+    for row, axis in enumerate(axes):
+        view, kind = row // 2, "pseudo" if row % 2 else "video"
+        axis.imshow(film_strip(sample[kind][view], columns).numpy())
+        axis.set_title(f"{sample['prompt']} view {view}, frames {shown}: {kind}", fontsize=9)
+        axis.axis("off")
+        for column, n in enumerate(shown if kind == "video" else []):
+            slots = sample["visible"][view, n].nonzero()[:, 0].numpy()
+            across, down = uv[view, n, slots].T
+            axis.scatter(across + column * dataset.size[1], down, s=4, c=slots, cmap="hsv")
+    figure.savefig(path, dpi=80, bbox_inches="tight")
+    plt.close(figure)
+
+
+# -------------------------------------------------------------------------------------- lesson
+
+def round_trip(sample, pseudo):
+    """Reads pseudo (V,3,N,H,W) in [0,1] back: median error (mm), share found of visible tracks."""
+    cameras = sample["intrinsics"], sample["extrinsics"]
+    anchors = project(sample["tracks"][:, 0], *cameras)[0]
+    tracks, _, valid = pseudo_video_to_tracks(pseudo, sample["scale"], *cameras, anchors.shape[1],
+                                              anchors)
+    error = (tracks - sample["tracks"]).norm(dim=-1)[sample["visible"]]
+    return 1000 * error.median().item(), valid[sample["visible"]].float().mean().item()
+
+
+def lesson():
+    """One held-out scene: what is in a sample, and how exact the motion representation is."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    for size in ((128, 192), (64, 96)):
+        sample = SyntheticHOI("val", size)[0]
+        cameras = sample["intrinsics"], sample["extrinsics"]
+        exact = (sample["pseudo"] + 1) / 2
+        everything = rearrange(sample["tracks"], "u n k c -> 1 n (u k) c").expand(3, -1, -1, -1)
+        drawn, _ = tracks_to_pseudo_video(everything, *cameras, size, sample["scale"])
+        print(f"{sample['prompt']} at {size[0]}x{size[1]}: foreground "
+              f"{(exact[:, 2] > FOREGROUND_THRESHOLD).float().mean():.2f} of the picture; tracks")
+        for name, pseudo in (("from the exact pseudo video", exact),
+                             ("from one drawn from 3 x 256 tracks", drawn)):
+            error, share = round_trip(sample, pseudo)
+            print(f"  read back {name}: median error {error:.1f} mm, {share:.1%} found")
+    for key, value in sample.items():
+        print(f"  {key:12} {tuple(value.shape) if torch.is_tensor(value) else value}")
+    rows = [clip[view] for view in range(3) for clip in (sample["video"], sample["pseudo"],
+                                                         2 * drawn - 1)]
+    figure, axis = plt.subplots(figsize=(9, 11), layout="constrained")
+    axis.imshow(torch.cat([film_strip(row) for row in rows]))
+    names = ("video", "pseudo video", "the same, drawn\nfrom tracks")
+    axis.set_yticks([size[0] * (row + 0.5) for row in range(9)], 3 * names)
+    axis.set(title=sample["prompt"], xticks=[])
+    Path("out").mkdir(exist_ok=True)
+    figure.savefig("out/data.png", dpi=100)
+    print("wrote out/data.png")
+
+
+def taco_lesson(root, mano_dir):
+    """What of TACO was found and skipped, and one sample with its tracks (out/taco.png)."""
+    dataset = TACO(root, mano_dir, split="all")
+    print(dataset.summary())
+    if len(dataset):
+        Path("out").mkdir(exist_ok=True)
+        taco_contact_sheet(dataset, "out/taco.png")
+        print("wrote out/taco.png")
+
+
+def main():
+    """The lesson, or with --taco the one on the real data; returns the exit code."""
+    parser = argparse.ArgumentParser(description="A look at one scene of the synthetic world.")
+    parser.add_argument("--taco", metavar="DIR", help="look at the TACO data set in DIR instead")
+    parser.add_argument("--mano", metavar="DIR", help="folder of MANO_LEFT.pkl and MANO_RIGHT.pkl")
+    settings = parser.parse_args()
+    try:
+        if settings.taco and not settings.mano:
+            raise ValueError("--taco: expected --mano too, the folder of the MANO files, got none")
+        taco_lesson(settings.taco, settings.mano) if settings.taco else lesson()
+    except (ValueError, OSError) as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -51,7 +51,7 @@ def parse(arguments=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--ref", nargs="+", metavar="IMG", help="one picture (the centre view), or one a view")
-    add("--prompt", default="<spatula, scrape off, plate>", help="<tool, action, target>, or a text")
+    add("--prompt", default="<spatula, scrape off, plate>", help="<tool, action, target>, or words")
     add("--cameras", metavar="JSON", help="rig to film with, in the format of --print-cameras")
     add("--print-cameras", action="store_true", help="print the default rig as JSON and stop")
     add("--preset", default="small", help="shorthand for the shipped weights/PRESET.pt")
@@ -72,12 +72,14 @@ def parse(arguments=None):
     settings.steps = (10 if settings.eval else 25) if settings.steps is None else settings.steps
     for fine, flag, expected in (
             (settings.ref or settings.eval or settings.print_cameras, "ref", "an image file"),
-            (settings.prompt.strip(), "prompt", "some words like '<spoon, stir, bowl>'"),
+            (settings.prompt.strip() and settings.prompt.isprintable(), "prompt",
+             "words like '<spoon, stir, bowl>'"),
             (settings.steps >= 1, "steps", "1 or more"),
             (0 <= settings.seed < 2 ** 63, "seed", "0 or more, under 2^63"),
             (0 <= settings.text_scale < math.inf, "text_scale", "0 or more"),
             (settings.cycle_every >= 1, "cycle_every", "1 or more"),
             (1 <= settings.scenes <= 256, "scenes", "1 to 256"),
+            (not (settings.json and settings.json.is_dir()), "json", "a file to write"),
             (settings.device != "cuda" or torch.cuda.is_available(), "device", "a GPU torch sees")):
         if not fine:
             raise ValueError(f"--{flag.replace('_', '-')}: expected {expected}, got "
@@ -96,9 +98,11 @@ def load(settings):
     try:
         models = load_models(path, "cuda" if cuda else "cpu")
         config = models.config
+        if min(config["frames"], config["views"], config["tracks"], *config["size"]) < 1:
+            raise TypeError("a size is under 1")
         nominal_rig(config["views"], config["size"]), range(config["tracks"])
         models.vae.latent_size(config["frames"], *config["size"])
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError) as error:
         raise ValueError(f"expected a checkpoint of train.py in {path}, but its settings make no "
                          f"networks ({first_line(error)}): train or copy it again") from None
     return models
@@ -212,7 +216,7 @@ def generate(models, settings):
             if state.step % 5 == 0 or state.step in (1, settings.steps):
                 seconds = time.perf_counter() - start
                 print(f"step {state.step}/{settings.steps}: {seconds:.1f} s", flush=True)
-    found = dict(video=state.video(), tracks=state.tracks)
+    found = dict(video=state.video(), tracks=state.tracks.float())
     found |= {key: getattr(state.coarse, key) for key in ("pseudo", "valid", "anchors", "scale")}
     return SimpleNamespace(**{key: value[0].cpu() for key, value in found.items()}, names=names,
                            given=given[0].tolist(), prompt=settings.prompt, size=size,
@@ -226,7 +230,8 @@ def write_results(result, out):
         for name, clips in (("video", result.video), ("motion", 2 * result.pseudo - 1)):
             for view, clip in enumerate(clips):
                 iio.imwrite(draft / f"{name}_view{view}.mp4", enlarge(clip, 256), plugin="FFMPEG",
-                            fps=FPS, codec="libx264", quality=9, macro_block_size=2)
+                            fps=FPS, codec="libx264", quality=9, macro_block_size=2,
+                            ffmpeg_log_level="quiet")
         keys = ("tracks", "valid", "anchors", "intrinsics", "extrinsics", "scale")
         np.savez(draft / "tracks.npz", fps=FPS, prompt=result.prompt,
                  **{key: getattr(result, key).numpy() for key in keys})
@@ -308,7 +313,7 @@ def animation(result, path):
     palette = "split[a][b];[a]palettegen[p];[b][p]paletteuse=dither=bayer:bayer_scale=2"
     gif = imageio_ffmpeg.write_frames(path, (width + side, side), fps=FPS, codec="gif",
                                       pix_fmt_out="pal8", macro_block_size=1,
-                                      ffmpeg_log_level="error",
+                                      ffmpeg_log_level="quiet",
                                       output_params=["-filter_complex", palette])
     gif.send(None)
     count = frames * math.ceil(24 / frames)
@@ -492,7 +497,8 @@ def all_runs(models, scenes, settings):
     videos = {"single": single.video().view_as(truth), "open": opened.video(),
               "closed": closed.video(), "still": truth[:, :, :, :1].expand_as(truth),
               "codec": decode(vae, encode(vae, truth, "video"), "video"), "truth": truth}
-    tracks = {"single": single.tracks.view_as(points), "coarse": opened.coarse.tracks,
+    tracks = {"single": single.tracks.float().view_as(points),
+              "coarse": opened.coarse.tracks.float(),
               "aligned": opened.tracks, "closed": closed.tracks, "frozen": frozen.view_as(points),
               "still": points[:, :, :1].expand_as(points), "codec": codec.tracks, "truth": points}
     return videos, tracks, 2 * codec.pseudo - 1

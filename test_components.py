@@ -1,19 +1,22 @@
 """Behaviour tests of every script: `pytest test_components.py`, CPU only, no network.
 
-What a test states is what the paper, DESIGN or a docstring promises. Networks have the `tiny`
-preset; `awake` gives their zero-initialised layers weights, as training would.
+A test states what the paper or a docstring promises. Networks have the `tiny` preset.
 """
 
 import ast
 import copy
 import functools
+import itertools
+import json
 import math
 import os
+import pickle
 import re
 import signal
-import sys
 from pathlib import Path
 
+import imageio.v3 as iio
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,35 +27,31 @@ import cycle
 import data
 import dpa
 import mjd
+import sample
 import train
 
 HERE = Path(__file__).parent
-SCRIPTS = [HERE / f"{name}.py" for name in ("data", "mjd", "dpa", "cycle", "train", "sample")]
+SCRIPTS = [HERE / f"{name}.py" for name in "data mjd dpa cycle train sample".split()]
 TINY = dict(size=(32, 48), frames=5, views=2, tracks=32)
 torch.set_num_threads(2)
 
 
-def awake(network, std=0.1):
-    """The network with all its zeros replaced by noise, so that every path carries something."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in network.parameters():
-        if not parameter.any():
-            parameter.data.normal_(0, std, generator=generator)
-    return network
-
-
-def new_models():
-    """Awake networks of the tiny preset, as train.py builds them."""
+def awake_models():
+    """Tiny networks with their zeros replaced by noise, so that every path carries something."""
     torch.manual_seed(0)
     models = cycle.build_models(dict(**mjd.PRESETS["tiny"], dpa=train.RECIPES["tiny"]["dpa"]))
-    for network in models.networks.values():
-        awake(network)
+    for parameter in itertools.chain(*(n.parameters() for n in models.networks.values())):
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
     return models
 
 
-@pytest.fixture(scope="session")
-def models():
-    return new_models()
+models = pytest.fixture(scope="session")(awake_models)
+
+
+@pytest.fixture(autouse=True)
+def reproducible():
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -62,317 +61,282 @@ def batch():
 
 @functools.lru_cache
 def scene(size=(64, 96), frames=13):
-    return data.SyntheticHOI("val", size=size, frames=frames)[0]
+    """A scene and its cameras."""
+    found = data.SyntheticHOI("val", size=size, frames=frames)[1]
+    return found, (found["intrinsics"], found["extrinsics"])
 
 
-def cameras_of(sample):
-    return sample["intrinsics"], sample["extrinsics"]
+def close(a, b, tolerance=1e-5):
+    return (a - b).abs().max() <= tolerance
 
 
 def same(a, b):
     """Bit for bit equality of nested dicts, lists and tensors."""
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and same(list(a.values()), [b[key] for key in a])
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
-def fit(network, loss_of, steps, rate):
-    """First and last loss of a few Adam steps on one example."""
-    optimiser = torch.optim.Adam(network.parameters(), rate)
-    losses = []
-    for _ in range(steps):
-        losses.append(loss_of())
-        optimiser.zero_grad()
-        losses[-1].backward()
-        optimiser.step()
-    return losses[0].item(), losses[-1].item()
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+class Hostile(str):
+    """A path at which a careless reader of this pickle makes a folder."""
+    def __reduce__(self):
+        return os.mkdir, (str(self),)
 
 
 # ---------------------------------------------------------------- geometry and representation
 
-def test_project_and_unproject_are_inverse():
-    cameras, points = cameras_of(scene()), 0.2 * torch.randn(3, 4, 50, 3)
+def test_projection_and_rays():
+    (_, cameras), points = scene(), 0.2 * torch.rand(3, 4, 50, 3)
     uv, depth = data.project(points, *cameras)
-    assert uv.shape == (3, 4, 50, 2) and depth.shape == (3, 4, 50) and (depth > 0).all()
-    assert torch.allclose(data.unproject(uv, depth, *cameras), points, atol=1e-4)
-    homogeneous = torch.cat([points[1, 2, 7], torch.ones(1)])                     # by hand
-    x, y, z = cameras[0][1] @ (cameras[1][1] @ homogeneous)[:3]
-    assert torch.allclose(uv[1, 2, 7], torch.stack([x / z, y / z]), atol=1e-2)
-
-
-def test_pixel_centres_are_at_half():
-    intrinsics = torch.tensor([[[10., 0, 3], [0, 10, 2], [0, 0, 1]]])             # 6 x 4 pixels
-    uv, _ = data.project(torch.tensor([[[0, 0, 1.], [-.25, -.15, 1]]]), intrinsics,
-                         torch.eye(4)[None])
-    assert torch.allclose(uv[0], torch.tensor([[3., 2], [.5, .5]]))   # middle, first pixel's centre
-    first = data.plucker_rays(intrinsics, torch.eye(4)[None], (4, 6))[0, :3, 0, 0]
-    assert torch.allclose(first, F.normalize(torch.tensor([-.25, -.15, 1]), dim=0), atol=1e-6)
-
-
-def test_plucker_rays_pass_through_their_pixels():
-    cameras = cameras_of(scene())
+    assert (depth > 0).all() and close(data.unproject(uv, depth, *cameras), points, 1e-4)
+    camera = torch.tensor([[[10., 0, 3], [0, 10, 2], [0, 0, 1]]]), torch.eye(4)[None]       # 6 x 4
+    uv, _ = data.project(torch.tensor([[[0, 0, 1.], [-.25, -.15, 1]]]), *camera)
+    assert close(uv, torch.tensor([[3., 2], [.5, .5]]))    # the middle, the first pixel's centre
     direction, moment = data.plucker_rays(*cameras, (64, 96)).movedim(1, -1).split(3, -1)
     v, u = torch.meshgrid(torch.arange(64) + 0.5, torch.arange(96) + 0.5, indexing="ij")
-    uv = torch.stack([u, v], -1).expand(3, -1, -1, -1)
-    points = data.unproject(uv, 0.3 + torch.rand(3, 64, 96), *cameras)
-    assert torch.allclose(direction.norm(dim=-1), torch.ones(3, 64, 96), atol=1e-5)
-    assert (direction * moment).sum(-1).abs().max() < 1e-5
-    assert torch.allclose(torch.linalg.cross(points, direction), moment, atol=1e-4)
+    uv, depth = torch.stack([u, v], -1).expand(3, -1, -1, -1), 0.3 + torch.rand(3, 64, 96)
+    points = data.unproject(uv, depth, *cameras)
+    assert close(direction.norm(dim=-1), 1) and close((direction * moment).sum(-1), 0)
+    assert close(torch.linalg.cross(points, direction), moment, 1e-4)     # the point is on its ray
 
 
-@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
-def test_nearest_track_wins_and_background_is_told_apart(order):
+def test_nearest_track_wins_and_background_is_told_apart():
     camera = torch.tensor([[[20., 0, 12], [0, 20, 8], [0, 0, 1]]]), torch.eye(4)[None]
-    tracks = torch.tensor([[[[0.02, 0.02, 1.0], [0.04, 0.04, 2.0]]]])[:, :, order]  # on one ray
-    pseudo, scale = data.tracks_to_pseudo_video(tracks, *camera, (16, 24), radius=1)
-    assert pseudo.shape == (1, 3, 1, 16, 24) and scale.tolist() == [[1, 2]]
-    assert torch.allclose(pseudo[0, :, 0, 8, 12], torch.tensor([12.4 / 24, 8.4 / 16, 0.3]))
-    assert pseudo[0, 2, 0, 0, 0] == 0 and ((pseudo[:, 2] == 0) | (pseudo[:, 2] >= 0.29)).all()
+    tracks = torch.tensor([[[[0.02, 0.02, 1.0], [0.04, 0.04, 2.0]]]])                 # on one ray
+    for order in ([0, 1], [1, 0]):
+        pseudo, scale = data.tracks_to_pseudo_video(tracks[:, :, order], *camera, (16, 24))
+        assert pseudo.shape == (1, 3, 1, 16, 24) and scale.tolist() == [[1, 2]]
+        assert close(pseudo[0, :, 0, 8, 12], torch.tensor([12.4 / 24, 8.4 / 16, 0.3]))
+        assert ((pseudo[:, 2] == 0) | (pseudo[:, 2] >= 0.29)).all() and (pseudo[:, 2] == 0).any()
 
 
 @pytest.mark.parametrize("size, frames, millimetres", [((64, 96), 13, 10), ((128, 192), 5, 5)])
 def test_representation_round_trip(size, frames, millimetres):
-    sample = scene(size, frames)
-    anchors, _ = data.project(sample["tracks"][:, 0], *cameras_of(sample))
-    found, kept, valid = data.pseudo_video_to_tracks(
-        (sample["pseudo"] + 1) / 2, sample["scale"], *cameras_of(sample), 256, anchors)
-    error = 1000 * (found - sample["tracks"]).norm(dim=-1)
-    assert torch.equal(kept, anchors) and error[sample["visible"]].median() < millimetres
-    recovered = valid & (error < 3 * millimetres)
-    assert recovered[sample["visible"]].float().mean() > 0.9
-
-
-def test_drawn_tracks_are_read_back():
-    sample = scene()
-    drawn, scale = data.tracks_to_pseudo_video(sample["tracks"], *cameras_of(sample), (64, 96))
-    tracks, anchors, valid = data.pseudo_video_to_tracks(drawn, scale, *cameras_of(sample), 100)
-    assert tracks.shape == (3, 13, 100, 3) and anchors.shape == (3, 100, 2)
-    uv, _ = data.project(tracks[:, 0], *cameras_of(sample))
-    assert valid.float().mean() > 0.7 and torch.allclose(uv, anchors, atol=1e-2)
-    nearest = torch.cdist(tracks[:, 0], sample["tracks"][:, 0]).amin(-1)
-    assert nearest.median() < 0.01                       # metres: new slots, on the same surfaces
+    truth, cameras = scene(size, frames)
+    anchors, _ = data.project(truth["tracks"][:, 0], *cameras)
+    found, kept, valid = data.pseudo_video_to_tracks((truth["pseudo"] + 1) / 2, truth["scale"],
+                                                     *cameras, 256, anchors)
+    error = 1000 * (found - truth["tracks"]).norm(dim=-1)
+    assert torch.equal(kept, anchors) and error[truth["visible"]].median() < millimetres
+    assert (valid & (error < 30))[truth["visible"]].float().mean() > 0.9
 
 
 def test_anchors_stay_when_the_mask_changes_a_little():
-    mask = scene()["pseudo"][:, 2, 0] > -0.7
+    mask, view = scene()[0]["pseudo"][:, 2, 0] > -0.7, torch.arange(3)[:, None]
     first = data.choose_anchors(mask, 200)
-    column, row = first.long().unbind(-1)
-    view = torch.arange(3)[:, None]
-    assert mask[view, row, column].all() and len(set(map(tuple, first[0].tolist()))) == 200
-    changed = mask.clone()
+    changed, (column, row) = mask.clone(), first.long().unbind(-1)
     changed[view, row[:, :9], column[:, :9]] = False
     second = data.choose_anchors(changed, 200, first)
     assert torch.equal(second[:, 9:], first[:, 9:])
-    column, row = second.long().unbind(-1)
-    assert changed[view, row, column].all() and len(set(map(tuple, second[0].tolist()))) == 200
+    for anchors, allowed in ((first, mask), (second, changed)):
+        column, row = anchors.long().unbind(-1)
+        assert allowed[view, row, column].all() and len(set(map(tuple, anchors[0].tolist()))) == 200
 
 
 # ---------------------------------------------------------------- the synthetic world
 
-def test_world_is_deterministic_by_split_index_and_seed():
-    def make(split="val", seed=0, index=3):
-        return data.SyntheticHOI(split, seed=seed, **TINY)[index]
-    first = make()
-    assert same(first, make())
-    for other in (make("train"), make(seed=1), make(index=4), make("unseen")):
+def test_world_is_deterministic_and_frame_0_does_not_tell_the_action():
+    world = {split: data.SyntheticHOI(split, **TINY) for split in data.SyntheticHOI.SPLITS}
+    first = world["val"][3]
+    assert same(first, data.SyntheticHOI("val", **TINY)[3])
+    for other in (world["train"][3], world["unseen"][3], world["val"][4],
+                  data.SyntheticHOI("val", seed=1, **TINY)[3]):
         assert not torch.equal(first["video"], other["video"])
-    both = data.SyntheticHOI("val", **TINY).batch([4, 3])      # rendered in company: the same
-    assert torch.allclose(both["tracks"][1], first["tracks"], atol=1e-5)
-
-
-def test_sample_dict():
-    sample, (V, N, K) = scene(), (3, 13, 256)
-    shapes = dict(video=(V, 3, N, 64, 96), pseudo=(V, 3, N, 64, 96), scale=(V, 2),
-                  tracks=(V, N, K, 3), visible=(V, N, K), intrinsics=(V, 3, 3),
-                  extrinsics=(V, 4, 4))
-    assert {key: tuple(sample[key].shape) for key in shapes} == shapes
-    assert re.fullmatch(r"<[a-z]+, [a-z ]+, [a-z]+>", sample["prompt"])
-    for key in ("video", "pseudo"):
-        assert sample[key].dtype == torch.float32 and sample[key].abs().max() <= 1
-    assert sample["visible"].dtype == torch.bool and sample["visible"][:, 0].float().mean() > 0.98
-    rotation = sample["extrinsics"][:, :3, :3]
-    assert torch.allclose(rotation @ rotation.mT, torch.eye(3).expand(3, 3, 3), atol=1e-5)
+    tool, _, target = world["val"].describe(1)[1].strip("<>").split(", ")
+    actions = world["val"].actions(tool, target)
+    one, other = (world["val"].scene(1, action) for action in actions[:2])
+    assert close(one["video"][:, :, 0], other["video"][:, :, 0], 0.02)
+    moved = (one["tracks"] - other["tracks"]).norm(dim=-1)
+    assert moved[:, 0].max() < 1e-4 and moved[:, 1:].max() > 0.01                         # metres
 
 
 def test_splits_are_disjoint_and_rich():
-    def words(split):
-        world = data.SyntheticHOI(split, **TINY)
-        return {world.describe(index)[1] for index in range(150)}
-    train_words, val, unseen = map(words, data.SyntheticHOI.SPLITS)
-    assert not unseen & (train_words | val) and len(unseen) >= 8 and len(train_words) >= 32
-    parts = [set(column) for column in zip(*(w.strip("<>").split(", ") for w in train_words))]
-    assert all(len(part) >= 6 for part in parts)                     # tools, actions, targets
+    seen, val, unseen = ({*data.SyntheticHOI(name).triplets} for name in data.SyntheticHOI.SPLITS)
+    assert seen == val and not seen & unseen and len(unseen) >= 8 and len(seen | unseen) >= 40
+    assert all(len(set(words)) >= 6 for words in zip(*seen))               # action, tool, target
+    tool, action, target = data.SyntheticHOI("unseen").describe(5)[1].strip("<>").split(", ")
+    assert (action, tool, target) in unseen
 
 
-def test_the_first_frame_does_not_tell_the_action():
-    world = data.SyntheticHOI("val", **TINY)
-    tool, _, target = world.describe(1)[1].strip("<>").split(", ")
-    one, other = (world.scene(1, action) for action in world.actions(tool, target)[:2])
-    assert one["prompt"] != other["prompt"]
-    assert torch.allclose(one["video"][:, :, 0], other["video"][:, :, 0], atol=0.02)
-    moved = (one["tracks"] - other["tracks"]).norm(dim=-1)
-    assert moved[:, 0].max() < 1e-4 and moved[:, 1:].max() > 0.01                   # metres
-
-
-def test_tracks_pseudo_video_and_depth_agree():
-    sample = scene()
-    uv, depth = data.project(sample["tracks"], *cameras_of(sample))
-    anchors = uv[:, :1]
-    assert torch.allclose(anchors, anchors.floor() + 0.5, atol=1e-2)     # pixel centres of frame 0
-    column, row = uv.floor().long().unbind(-1)
-    inside = (uv >= 0).all(-1) & (column < 96) & (row < 64)
-    assert inside[sample["visible"]].all()
-    view, frame = torch.arange(3)[:, None, None], torch.arange(13)[None, :, None]
-    shown = (sample["pseudo"][view, :, frame, row.clamp(0, 63), column.clamp(0, 95)] + 1) / 2
-    near, far = sample["scale"][:, None, None].unbind(-1)
-    which = (shown[..., :2] * torch.tensor([96, 64]) - anchors).norm(dim=-1)[sample["visible"]]
-    how_far = (near + (far - near) * (shown[..., 2] - 0.3) / 0.7 - depth)[sample["visible"]].abs()
-    assert which.median() < 1 and (which < 4).float().mean() > 0.95
-    assert how_far.median() < 0.005                                              # metres
-
-
-def test_hands_and_objects_fill_the_picture():
-    world = data.SyntheticHOI("train", **TINY)
-    share = (world.batch(range(6))["pseudo"][:, :, 2] > -0.7).float().mean((1, 2, 3, 4))
-    assert 0.2 < share.mean() < 0.45 and 0.1 < share.min() and share.max() < 0.6
+def test_sample_dict_and_its_tracks_agree_with_the_pseudo_video():
+    (truth, cameras), (V, N, K) = scene(), (3, 13, 256)
+    for key, shape in dict(video=(V, 3, N, 64, 96), pseudo=(V, 3, N, 64, 96), scale=(V, 2),
+                           tracks=(V, N, K, 3), visible=(V, N, K), intrinsics=(V, 3, 3),
+                           extrinsics=(V, 4, 4)).items():
+        assert truth[key].shape == shape
+    assert re.fullmatch("<[a-z]+, [a-z ]+, [a-z]+>", truth["prompt"])
+    assert truth["video"].abs().max() <= 1 and truth["pseudo"].abs().max() <= 1
+    share = data.SyntheticHOI("train", **TINY).batch(range(6))["pseudo"][:, :, 2] > -0.7
+    assert 0.2 < share.float().mean() < 0.45                    # hands and objects fill the picture
+    uv, depth = data.project(truth["tracks"], *cameras)
+    anchors, (column, row), seen = uv[:, :1], uv.floor().long().unbind(-1), truth["visible"]
+    assert close(anchors, anchors.floor() + 0.5, 1e-2) and seen[:, 0].float().mean() > 0.98
+    assert ((uv >= 0).all(-1) & (column < 96) & (row < 64))[seen].all()
+    view, frame = torch.arange(V)[:, None, None], torch.arange(N)[None, :, None]
+    shown = (truth["pseudo"][view, :, frame, row.clamp(0, 63), column.clamp(0, 95)] + 1) / 2
+    near, far = truth["scale"][:, None, None].unbind(-1)
+    which = (shown[..., :2] * torch.tensor([96, 64]) - anchors).norm(dim=-1)[seen]      # pixels
+    how_far = (near + (far - near) * (shown[..., 2] - 0.3) / 0.7 - depth)[seen].abs()   # metres
+    assert which.median() < 1 and (which < 4).float().mean() > 0.95 and how_far.median() < 0.005
 
 
 def test_cache_gives_equal_samples_and_survives_damage(tmp_path):
-    plain = data.SyntheticHOI("val", **TINY)[0]
-    world = data.SyntheticHOI("val", cache=tmp_path, **TINY)
-    written, read = world[0], world[0]
-    file, = tmp_path.iterdir()
-    file.write_bytes(file.read_bytes()[:1000])                                    # truncated
-    for sample in (written, read, world[0]):
-        assert same(sample["tracks"], plain["tracks"]) and sample["prompt"] == plain["prompt"]
-        assert torch.allclose(sample["video"], plain["video"], atol=1e-6)
+    plain, world = (data.SyntheticHOI("val", cache=c, **TINY) for c in (None, tmp_path))
+    found = [world[0], world[0]]                                        # written, and read again
+    for file in tmp_path.iterdir():
+        file.write_bytes(file.read_bytes()[:1000])
+    for item in (*found, world[0]):
+        assert same(item["tracks"], plain[0]["tracks"]) and close(item["video"], plain[0]["video"])
 
 
 # ---------------------------------------------------------------- TACO
-# (its tests go here)
+
+@pytest.fixture(scope="session")
+def download(tmp_path_factory):
+    """A tiny TACO folder in its own layout, MANO with it; its cameras and its objects' poses."""
+    root, n = tmp_path_factory.mktemp("taco"), torch.arange(12)
+    videos, lenses, hands, objects = (root / kind / "(stir, spoon, bowl)" / "20231105" for kind in (
+        "Allocentric_RGB_Videos", "Allocentric_Camera_Parameters", "Hand_Poses", "Object_Poses"))
+    for folder in (videos, lenses, hands, objects, root / "Object_Models"):
+        folder.mkdir(parents=True)
+    cameras = data.nominal_rig(3, (192, 256))
+    cameras[0][:, :2, :2] *= 0.5                                                   # a wider lens
+    right = data.camera_centres(cameras[1])[2] - data.camera_centres(cameras[1])[0]
+    for side, sign in (("left", -0.1), ("right", 0.1)):
+        np.savez(root / f"MANO_{side.upper()}.npz", v_template=0.02 * torch.randn(778, 3),
+                 shapedirs=np.zeros((778, 3, 10)), posedirs=np.zeros((778, 3, 135)),
+                 J_regressor=np.full((16, 778), 1 / 778), weights=np.eye(16)[np.arange(778) % 16],
+                 kintree_table=[np.r_[0, :15], np.r_[:16]], f=np.arange(777).reshape(-1, 3))
+        frame = dict(hand_pose=torch.zeros(48), hand_trans=sign * right)
+        for end, content in (("", {f"{i:05d}": frame for i in range(12)}),
+                             ("_shape", {"hand_shape": torch.zeros(1, 10)})):
+            (hands / f"{side}_hand{end}.pkl").write_bytes(pickle.dumps(content))
+    poses = torch.eye(4).repeat(2, 12, 1, 1)                           # the tool turns and slides
+    poses[0, :, :3, :3] = data.rotation(torch.stack([0 * n, 0 * n, 0.1 * n], -1))
+    poses[0, :, 0, 3], poses[1, :, 0, 3] = 0.06 + 0.01 * n, -0.08
+    corners = itertools.product((-3, 3), (-5, 5), (-2, 2))                           # centimetres
+    box = "".join("v {} {} {}\n".format(*corner) for corner in corners)
+    for name, pose in zip(("tool_001", "target_002"), poses):
+        np.save(objects / f"{name}.npy", pose)
+        (root / "Object_Models" / f"{name[-3:]}_cm.obj").write_text(
+            box + "f 1 2 4 3\nf 5 7 8 6\nf 1 5 6 2\nf 3 4 8 7\nf 1 3 7 5\nf 2 6 8 4\n")
+    inside = (2 * torch.rand(9000, 3) - 1) * torch.tensor([.03, .05, .02]) @ poses[0, :, :3, :3].mT
+    uv, _ = data.project((inside + poses[0, :, None, :3, 3]).expand(3, -1, -1, -1), *cameras)
+    calibration = {}
+    for v in (2, 0, 1):
+        picture = np.zeros((12, 192, 256, 3), np.uint8)                    # a white tool on black
+        picture[np.arange(12)[:, None], *uv[v].flip(-1).long().unbind(-1)] = 255
+        iio.imwrite(videos / f"cam{v}.mp4", picture, plugin="FFMPEG", fps=30, quality=9)
+        calibration[f"cam{v}"] = dict(K=cameras[0][v].tolist(), T=cameras[1][v, :3, 3].tolist(),
+                                      R=cameras[1][v, :3, :3].tolist(), imgSize=[256, 192])
+    (lenses / "calibration.json").write_text(json.dumps(calibration))
+    return root, cameras, poses
+
+
+@pytest.mark.skipif(data.TACO is None, reason="the TACO reader is not in data.py yet")
+def test_taco_gives_true_samples_and_executes_nothing(download, tmp_path):
+    root, cameras, poses = download
+    taco = data.TACO(root, root, "all", size=(48, 72), frames=3, tracks=64, cache=tmp_path)
+    found = taco[0]
+    assert found.keys() == scene()[0].keys() and found["prompt"] == "<spoon, stir, bowl>"
+    assert same(found, taco[0]) and close(found["extrinsics"], cameras[1])    # left, centre, right
+    for part, pose in zip((2, 3), poses[:, [0, 4, 8]]):               # from 30 to 8 a second
+        local = (found["tracks"] - pose[:, None, :3, 3]) @ pose[:, :3, :3]
+        away = (local.abs() - torch.tensor([.03, .05, .02])).amax(-1).movedim(1, -1)
+        assert close(away[found["part"] == part], 0, 1e-4)               # on the box, in all frames
+    uv, _ = data.project(found["tracks"], found["intrinsics"], found["extrinsics"])
+    view, frame, _ = torch.meshgrid(*map(torch.arange, uv.shape[:3]), indexing="ij")
+    white = found["video"][view, 0, frame, uv[..., 1].long() % 48, uv[..., 0].long() % 72] > -0.5
+    assert white[found["visible"] & (found["part"] == 2)[:, None]].float().mean() > 0.9
+    assert taco.split_of("(hit, hammer, box)/1") == "unseen"
+    assert taco.split_of("(stir, spoon, bowl)/1") in ("train", "val")
+    (tmp_path / "bad.pkl").write_bytes(pickle.dumps(Hostile(tmp_path / "executed")))
+    with pytest.raises(ValueError, match="bad.pkl"):
+        data.read_pickle(tmp_path / "bad.pkl")
+    assert not (tmp_path / "executed").exists()
+
 
 # ---------------------------------------------------------------- VAE and MJD
 
-def test_attention_equals_its_formula_and_the_fused_one():
+def test_attention_equals_its_formula_fused_or_not():
     q, k, v = (torch.randn(2, 3, n, 8) for n in (5, 7, 7))
-    mask = torch.rand(2, 1, 5, 7) > 0.4
-    mask[..., 0] = True
-    for m in (None, mask):
+    for mask in (None, torch.arange(7) < torch.randint(1, 8, (2, 1, 5, 1))):
         weight = torch.einsum("bhqd,bhkd->bhqk", q, k).div(math.sqrt(8)).exp()
-        weight = weight if m is None else weight * m
+        weight = weight if mask is None else weight * mask
         expected = torch.einsum("bhqk,bhkd->bhqd", weight / weight.sum(-1, keepdim=True), v)
         for fused in (False, True):
-            assert torch.allclose(mjd.attention(q, k, v, m, fused=fused), expected, atol=1e-5)
+            assert close(mjd.attention(q, k, v, mask, fused=fused), expected)
 
 
 def test_rotary_positions_are_relative():
-    table = [part.unflatten(0, (4, 4, 4)) for part in mjd.rotary_table(4, 4, 4, 24)]
-    q, k = torch.randn(2, 24)
-
-    def score(at, to):
-        return mjd.rotate(q, *(p[at] for p in table)) @ mjd.rotate(k, *(p[to] for p in table))
-    assert torch.allclose(score((0, 1, 2), (2, 1, 0)), score((1, 2, 3), (3, 2, 1)), atol=1e-5)
-    for other in ((1, 1, 2), (0, 2, 2), (0, 1, 3)):
-        assert (score((0, 1, 2), (2, 1, 0)) - score(other, (2, 1, 0))).abs() > 1e-4
+    table, (q, k) = mjd.rotary_table(4, 4, 4, 24), torch.randn(2, 1, 1, 1, 24)
+    turned = [mjd.rotate(x.expand(1, 1, 64, 24), *table)[0, 0] for x in (q, k)]
+    score = (turned[0] @ turned[1].mT).view(4, 4, 4, 4, 4, 4)              # t h w of q, t h w of k
+    assert close(score[0, 1, 2, 2, 1, 0], score[1, 2, 3, 3, 2, 1])
+    for other in (score[1, 1, 2, 2, 1, 0], score[0, 2, 2, 2, 1, 0], score[0, 1, 3, 2, 1, 0]):
+        assert not close(score[0, 1, 2, 2, 1, 0], other)
 
 
 @torch.no_grad()
-def test_vae_is_causal_both_ways(models):
-    video, latents = torch.randn(1, 3, 9, 32, 48), torch.randn(1, 8, 3, 4, 6)
-    code, picture = models.vae.encode(video), models.vae.decode(latents)
-    assert code.shape == (1, 8, 3, 4, 6) and picture.shape == video.shape
-    for frame, group in ((0, 0), (1, 1), (4, 1), (5, 2), (8, 2)):
-        nudged = video.clone()
-        nudged[:, :, frame] += 1
-        change = (models.vae.encode(nudged) - code).abs().amax((0, 1, 3, 4))
-        assert (change[:group] == 0).all() and change[group] > 1e-3
-    for group, first in ((0, 0), (1, 1), (2, 5)):
-        nudged = latents.clone()
-        nudged[:, :, group] += 1
-        change = (models.vae.decode(nudged) - picture).abs().amax((0, 1, 3, 4))
-        assert (change[:first] == 0).all() and (change[first:first + 1] > 1e-3).all()
-    with pytest.raises(ValueError, match="1 \\+ 4k"):
-        models.vae.encode(video[:, :, :8])
-
-
-@torch.no_grad()
-def test_vae_has_statistics_per_modality(models):
-    vae, video = copy.deepcopy(models.vae), torch.randn(1, 3, 5, 32, 48)
+def test_vae_is_causal_both_ways_and_has_statistics_per_modality(models):
+    vae, video, latents = copy.deepcopy(models.vae), torch.randn(1, 3, 9, 32, 48), None
+    for function, pairs in ((vae.encode, ((0, 0), (1, 1), (4, 1), (5, 2))),  # frame -> latent frame
+                            (vae.decode, ((0, 0), (1, 1), (2, 5)))):         # and back, first frame
+        x = video if latents is None else latents
+        before = latents = function(x)
+        assert before.shape == ((1, 8, 3, 4, 6) if x is video else video.shape)
+        for index, first in pairs:
+            nudged = x.clone()
+            nudged[:, :, index] += 1
+            change = (function(nudged) - before).abs().amax((0, 1, 3, 4))
+            assert (change[:first] == 0).all() and change[first] > 1e-3
     raw = vae.encode(video, "motion")
     vae.latent_mean[1], vae.latent_std[1] = 3.0, 2.0
-    assert torch.allclose(vae.encode(video, "motion"), (raw - 3) / 2, atol=1e-5)
-    assert torch.allclose(vae.encode(video, "video"), raw, atol=1e-5)
-    assert torch.allclose(vae.decode((raw - 3) / 2, "motion"), vae.decode(raw, "video"), atol=1e-4)
-    assert {"latent_mean", "latent_std"} <= set(vae.state_dict())
-    with pytest.raises(ValueError, match="modality"):
-        vae.encode(video, "sound")
+    assert close(vae.encode(video, "motion"), (raw - 3) / 2) and same(vae.encode(video), raw)
+    assert close(vae.decode((raw - 3) / 2, "motion"), vae.decode(raw, "video"), 1e-4)
 
 
-def mjd_arguments(net, views=3, frames=2):
-    """One call of the MJD with everything in it, always the same."""
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(3, 1, views, 8, frames, 4, 6, generator=generator)
-    rays = torch.randn(1, views, 6, 32, 48, generator=generator)
-    return dict(video=latents[0], motion=latents[1], t=torch.tensor([0.5]), rays=rays,
-                text=net.text(["<spoon, stir, bowl>"]), guidance=latents[2],
-                given=torch.tensor([[True] + [False] * (views - 1)]))
+def mjd_arguments(net, frames=2):
+    """One call of the MJD with everything in it, always the same: three views, the first given."""
+    latents = torch.randn(3, 1, 3, 8, frames, 4, 6, generator=seeded())
+    return dict(video=latents[0], motion=latents[1], guidance=latents[2], t=torch.tensor([0.5]),
+                rays=torch.randn(1, 3, 6, 32, 48, generator=seeded(1)),
+                text=net.text(["<spoon, stir, bowl>"]), given=torch.tensor([[True, False, False]]))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("silent", ["inter_view", "intra_view"])
-def test_attention_mixes_views_or_times(models, silent):
+def test_one_attention_mixes_views_and_the_other_times(models, silent):
     net = copy.deepcopy(models.mjd)
-    for block in net.blocks:                                # leaves one of the two attentions
+    for block in net.blocks:                                  # leaves one of the two attentions
         nn.init.zeros_(getattr(block, silent).out.weight)
     arguments = mjd_arguments(net, frames=3)
     before = net(**arguments)[1]
-    arguments["motion"][:, 1, :, 2] += torch.randn(8, 4, 6)                     # view 1, time 2
-    change = (net(**arguments)[1] - before).abs().amax((0, 2, 4, 5))            # (views, times)
-    expected = torch.zeros(3, 3, dtype=torch.bool)
-    if silent == "intra_view":
-        expected[:, 2] = True                               # all views, never another time
-    else:
-        expected[1] = True                                  # all times, never another view
-    assert (change[expected] > 1e-4).all() and (change[~expected] < 1e-6).all()
+    arguments["motion"][:, 1, :, 2] += torch.randn(8, 4, 6)                      # view 1, time 2
+    change = (net(**arguments)[1] - before).abs().amax((0, 2, 4, 5))             # (views, times)
+    mixed = torch.zeros(3, 3, dtype=torch.bool)
+    mixed[(slice(None), 2) if silent == "intra_view" else 1] = True
+    assert (change[mixed] > 1e-4).all() and (change[~mixed] < 1e-6).all()
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["text", "reference", "rays", "t", "guidance", "given"])
-def test_every_condition_changes_the_estimate(models, name):
-    net = models.mjd
-    arguments = mjd_arguments(net)
-    before = net(**arguments)
-    other = dict(text=net.text(["<spoon, hit, bowl>"]), rays=arguments["rays"].flip(3),
-                 t=torch.tensor([0.6]), guidance=None, given=torch.tensor([[True, True, False]]))
-    if name == "reference":
-        arguments["video"][:, :, :, 0] += 0.5
-    else:
-        arguments[name] = other[name]
-    for a, b in zip(before, net(**arguments)):
-        assert (a - b).abs().max() > 1e-4
-
-
-def test_gradients_reach_every_parameter_of_the_mjd(models):
-    net = copy.deepcopy(models.mjd).train()
-    gradients = []
-    for net.fused, net.checkpointing in ((False, False), (True, True)):
-        net.zero_grad()
-        sum(out.square().mean() for out in net(**mjd_arguments(net))).backward()
-        gradients.append({name: p.grad.clone() for name, p in net.named_parameters()})
-    assert all(gradient.any() for gradient in gradients[0].values())
-    assert all(torch.allclose(gradients[0][k], gradients[1][k], atol=1e-4) for k in gradients[0])
-
-
-@torch.no_grad()
-def test_a_new_mjd_predicts_nothing_and_takes_any_number_of_views():
-    net = mjd.MJD(8, **mjd.PRESETS["tiny"]["mjd"])
-    for views in (1, 2, 4):
-        video, motion, scale = net(**mjd_arguments(net, views))
-        assert not video.any() and not motion.any() and scale.shape == (1, views, 2)
-    with pytest.raises(ValueError, match="bytes"):
-        net.text(["x" * 64])
+def test_every_condition_changes_the_estimate(models):
+    net, arguments = models.mjd, mjd_arguments(models.mjd)
+    before, reference = net(**arguments), arguments["video"].clone()
+    reference[:, :1, :, 0] += 0.5
+    for name, other in dict(video=reference, text=net.text(["<spoon, hit, bowl>"]), guidance=None,
+                            t=torch.tensor([0.6]), rays=arguments["rays"].flip(3),
+                            given=torch.tensor([[True, True, False]])).items():
+        for a, b in zip(before, net(**{**arguments, name: other})):       # video, motion and scale
+            assert not close(a, b, 1e-4), name
+    together = net.text(["stir", "<spoon, stir, bowl>"])[0]
+    assert close(net.text(["stir"])[0][0, :5], together[0, :5])          # whatever stands beside it
 
 
 def test_paper_preset_has_the_papers_size():
@@ -383,231 +347,367 @@ def test_paper_preset_has_the_papers_size():
     assert abs(parameters / 1e9 - 6.19) < 0.01 and len(net.blocks) == 30
 
 
-def test_vae_overfits_one_scene(batch):
-    vae = mjd.VideoVAE(**mjd.PRESETS["tiny"]["vae"])
-    video = batch["video"][0]
-    plain = F.mse_loss(vae.reconstruct(vae.moments(video)[0]), video)
-    vae.init_from(video)                                        # principal components first
-    first, last = fit(vae, lambda: F.mse_loss(vae.reconstruct(vae.moments(video)[0]), video),
-                      40, 3e-3)
-    assert first < 0.3 * plain and last < 0.6 * first
-
-
-def test_mjd_overfits_one_scene(batch):
-    net, scheduler = new_models(), cycle.DDIMScheduler()
-
-    def loss():
-        parts = cycle.joint_losses(net, batch, scheduler, use_dpa=False, text_dropout=0,
-                                   generator=torch.Generator().manual_seed(0))
-        return sum(parts.values())
-    first, last = fit(net.mjd, loss, 40, 3e-3)
-    assert last < 0.5 * first
+@pytest.mark.parametrize("stage", ["vae", "base", "dpa"])
+def test_each_network_overfits_one_scene(batch, stage):
+    models, scheduler, losses = awake_models(), cycle.DDIMScheduler(), []
+    network, = (models.networks[name] for name in train.trained_networks(models, stage))
+    optimiser = torch.optim.Adam(network.parameters(), 3e-3)
+    for _ in range(30):
+        losses.append(sum(train.stage_losses(stage, models, batch, scheduler, train.Settings(),
+                                             seeded()).values()))
+        optimiser.zero_grad()
+        losses[-1].backward()
+        optimiser.step()
+    assert losses[-1] < 0.5 * losses[0]
 
 
 # ---------------------------------------------------------------- DPA
 
 def dpa_inputs(B=2, V=3, N=4, K=20):
-    g = torch.Generator().manual_seed(0)
-    truth = 0.1 * torch.randn(B, V, N, K, 3, generator=g) + torch.tensor([0, 0, 0.05])
-    return dict(noisy=torch.randn(B, V, N, K, 3, generator=g), t=torch.rand(B, generator=g),
-                coarse=truth, valid=torch.rand(B, V, N, K, generator=g) > 0.2,
-                anchors=torch.rand(B, V, K, 2, generator=g),
-                camera_centres=torch.randn(B, V, 3, generator=g))
-
-
-@pytest.fixture(scope="session")
-def aligner():
-    torch.manual_seed(0)
-    return awake(dpa.DPA(dim=32, depth=2, heads=2, patch=16))
-
-
-def test_morton_code_equals_a_loop_over_bits():
-    ijk = torch.randint(0, 1024, (50, 3))
-    expected = [sum((int(c[a]) >> b & 1) << (3 * b + a) for a in range(3) for b in range(10))
-                for c in ijk]
-    assert dpa.morton_code(ijk, 10).tolist() == expected
-    with pytest.raises(ValueError, match="integer"):
-        dpa.morton_code(ijk.float(), 10)
+    """Arguments of the DPA, always the same."""
+    torch.manual_seed(1)
+    return dict(noisy=torch.randn(B, V, N, K, 3), coarse=0.1 * torch.randn(B, V, N, K, 3),
+                t=torch.rand(B), valid=torch.rand(B, V, N, K) > 0.2, anchors=torch.rand(B, V, K, 2),
+                camera_centres=torch.randn(B, V, 3))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("share", [1.0, 0.5])
-def test_sparse_convolution_equals_the_dense_one(share):
+def test_morton_code_chamfer_distance_and_sparse_convolution_equal_their_formulas():
+    ijk = torch.randint(0, 1024, (50, 3))
+    assert dpa.morton_code(ijk, 10).tolist() == [
+        sum((int(c[a]) >> b & 1) << (3 * b + a) for a in range(3) for b in range(10)) for c in ijk]
+    a, b = torch.randn(2, 7, 3), torch.randn(2, 9, 3)
+    square = (a[:, :, None] - b[:, None]).square().sum(-1)
+    assert close(dpa.chamfer_distance(a, b), square.amin(2).mean() + square.amin(1).mean())
     conv, grid = dpa.SparseConv3d(3, 5), torch.randn(1, 3, 4, 5, 6)
     cells = torch.cartesian_prod(torch.arange(4), torch.arange(5), torch.arange(6))
-    occupied = torch.rand(len(cells)) < share                 # submanifold: nothing elsewhere
+    occupied = torch.rand(len(cells)) < 0.5                       # submanifold: nothing elsewhere
     cells, dense = cells[occupied], grid * occupied.view(4, 5, 6)
     weight = conv.weight.reshape(3, 3, 3, 3, 5).permute(4, 3, 0, 1, 2)
     expected = F.conv3d(dense, weight, conv.bias, padding=1)[0].flatten(1).mT[occupied]
     keys, voxel, counts = dpa.voxelize((cells + 0.5)[None], 1.0)
     features = torch.empty(len(keys), 3)
     features[voxel[0]] = dense[0].flatten(1).mT[occupied]
-    assert (counts == 1).all() and len(keys) == len(cells)
-    assert torch.allclose(conv(features, dpa.voxel_neighbours(keys))[voxel[0]], expected, atol=1e-5)
-
-
-def test_chamfer_equals_its_formula():
-    a, b = torch.randn(2, 7, 3), torch.randn(2, 9, 3)
-    square = (a[:, :, None] - b[:, None]).square().sum(-1)
-    expected = square.amin(2).mean() + square.amin(1).mean()
-    assert torch.allclose(dpa.chamfer_distance(a, b), expected, atol=1e-5)
+    assert close(conv(features, dpa.voxel_neighbours(keys))[voxel[0]], expected)
 
 
 @torch.no_grad()
-def test_dpa_depends_on_neither_batch_mates_nor_garbage_nor_slots(aligner):
-    x = dpa_inputs()
-    alone = aligner(**{key: value[1:] for key, value in x.items()})
-    assert torch.allclose(aligner(**x)[1:], alone, atol=1e-4)
-    x["coarse"] = torch.where(x["valid"][..., None], x["coarse"], torch.nan)
-    assert torch.allclose(aligner(**x)[1:], alone, atol=1e-4)
-    order, x["valid"] = torch.randperm(20), torch.ones_like(x["valid"])
-    moved = {k: v[..., order, :] if k in ("noisy", "coarse", "anchors") else v
-             for k, v in x.items()}
-    assert torch.allclose(aligner(**moved), aligner(**x)[..., order, :], atol=1e-4)
-
-
-@torch.no_grad()
-def test_dpa_mixes_views_and_uses_its_conditions(aligner):
-    x = dpa_inputs(B=1)
-    before = aligner(**x)
-    nudged = x["noisy"].clone()
+def test_dpa_uses_its_conditions_but_neither_batch_mates_nor_garbage_nor_slots(models):
+    net, x = models.dpa, dpa_inputs()
+    before, nudged = net(**x), x["noisy"].clone()
     nudged[:, 0] += 1
-    assert (aligner(**{**x, "noisy": nudged}) - before)[:, 1:].abs().max() > 1e-4
+    assert not close(net(**{**x, "noisy": nudged})[:, 1:], before[:, 1:], 1e-4)      # views mix
     for key in ("coarse", "t", "anchors", "camera_centres", "valid"):
         other = ~x[key] if key == "valid" else x[key] * 0.9
-        assert (aligner(**{**x, key: other}) - before).abs().max() > 1e-4, key
+        assert not close(net(**{**x, key: other}), before, 1e-4), key
+    assert close(net(**{key: value[1:] for key, value in x.items()}), before[1:], 1e-4)
+    garbage = torch.where(x["valid"][..., None], x["coarse"], torch.nan)
+    assert close(net(**{**x, "coarse": garbage}), before, 1e-4)
+    order = torch.randperm(20)
+    moved = {key: x[key][..., order, :] for key in ("noisy", "coarse", "anchors")}
+    moved = net(**{**x, **moved, "valid": x["valid"][..., order]})
+    assert close(moved, before[..., order, :], 1e-4)
     with pytest.raises(ValueError, match="anchors"):
-        aligner(**{**x, "anchors": x["anchors"][..., :1]})
-
-
-def test_gradients_reach_every_parameter_of_the_dpa_in_bf16_too(aligner):
-    net = copy.deepcopy(aligner)
-    for enabled in (False, True):
-        net.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            out = net(**dpa_inputs())
-        out.square().mean().backward()
-        assert out.dtype == torch.float32 and torch.isfinite(out).all()
-        assert all(p.grad is not None and p.grad.any() for p in net.parameters())
-
-
-def test_dpa_overfits_one_scene():
-    torch.manual_seed(0)
-    net, x = dpa.DPA(dim=32, depth=1, heads=2, patch=16), dpa_inputs(B=1)
-    x["t"][:], target = 0.5, torch.randn_like(x["noisy"])
-    first, last = fit(net, lambda: F.mse_loss(net(**x), target), 80, 1e-2)
-    assert last < 0.3 * first
+        net(**{**x, "anchors": x["anchors"][..., :1]})
 
 
 # ---------------------------------------------------------------- scheduler and loop
 
-@pytest.mark.parametrize("path", ["flow", "cosine"])
-def test_scheduler_velocity_and_prediction(path):
-    scheduler, (clean, noise), t = cycle.DDIMScheduler(path), torch.randn(2, 4, 3, 5).double(), 0.3
-    ahead, behind = (scheduler.add_noise(clean, noise, t + e) for e in (1e-3, -1e-3))
-    velocity = scheduler.velocity(clean, noise, t)
-    assert torch.allclose(velocity, (ahead - behind) / 2e-3, atol=1e-3)
+@pytest.mark.parametrize("path, eta", [("flow", 0), ("cosine", 0), ("cosine", 0.5), ("cosine", 1)])
+def test_scheduler_equals_euler_and_classic_ddim(path, eta):
+    scheduler, (clean, noise) = cycle.DDIMScheduler(path), torch.randn(2, 4, 3).double()
+    ahead, behind = (scheduler.add_noise(clean, noise, t) for t in (0.701, 0.699))
+    assert close(scheduler.velocity(clean, noise, 0.7), (ahead - behind) / 2e-3, 1e-3)
     for t in (0.0, 1.0, torch.tensor([0.01, 0.3, 0.7, 0.99])):
         noisy, velocity = scheduler.add_noise(clean, noise, t), scheduler.velocity(clean, noise, t)
-        for found, expected in zip(scheduler.predict(velocity, noisy, t), (clean, noise)):
-            assert torch.allclose(found, expected, atol=1e-5)
-        assert torch.allclose(scheduler.step(velocity, noisy, t, 0.0), clean, atol=1e-5)
-    with pytest.raises(ValueError, match="flow"):
-        cycle.DDIMScheduler("straight")
-
-
-def test_flow_step_is_the_euler_step_of_eq_2():
-    noisy, velocity = torch.randn(2, 4, 3)
-    for t, t_next in ((1.0, 0.9), (0.5, 0.1), (0.2, 0.0)):
-        stepped = cycle.DDIMScheduler("flow").step(velocity, noisy, t, t_next)
-        assert torch.allclose(stepped, noisy - (t - t_next) * velocity, atol=1e-6)
-
-
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_cosine_step_is_classic_ddim(eta):
-    (clean, noise), t, t_next = torch.randn(2, 4, 3), 0.7, 0.4
-    scheduler = cycle.DDIMScheduler("cosine")
-    now, after = (math.cos(math.pi / 2 * x) ** 2 for x in (t, t_next))             # alpha bar
-    deviation = eta * math.sqrt((1 - after) / (1 - now) * (1 - now / after))
-    fresh = torch.randn(4, 3, generator=torch.Generator().manual_seed(5))
-    expected = (math.sqrt(after) * clean + math.sqrt(1 - after - deviation ** 2) * noise
-                + deviation * fresh)
-    noisy = math.sqrt(now) * clean + math.sqrt(1 - now) * noise
-    stepped = scheduler.step(scheduler.velocity(clean, noise, t), noisy, t, t_next, eta,
-                             torch.Generator().manual_seed(5))
-    assert torch.allclose(stepped, expected, atol=1e-5)
+        assert all(map(close, scheduler.predict(velocity, noisy, t), (clean, noise)))
+        assert close(scheduler.step(velocity, noisy, t, 0.0), clean)
+    t, t_next = 0.7, 0.4
+    noisy, velocity = scheduler.add_noise(clean, noise, t), scheduler.velocity(clean, noise, t)
+    expected = noisy - (t - t_next) * velocity                          # Euler, Eq. 2 of the paper
+    if path == "cosine":                      # the formula of the DDIM paper, with its alpha bar
+        now, after = (math.cos(math.pi / 2 * x) ** 2 for x in (t, t_next))
+        deviation = eta * math.sqrt((1 - after) / (1 - now) * (1 - now / after))
+        expected = (math.sqrt(after) * clean + math.sqrt(1 - after - deviation ** 2) * noise
+                    + deviation * torch.randn(4, 3, generator=seeded(5)))
+    assert close(scheduler.step(velocity, noisy, t, t_next, eta, seeded(5)), expected)
 
 
 def states(models, batch, steps=3, **switches):
-    """All states of a sample of the batch's first scene, its first view given."""
+    """All states of a sample of the batch's first scene, of which the first view is given."""
     cameras = batch["intrinsics"][:1], batch["extrinsics"][:1]
     return list(cycle.sample(models, batch["video"][:1, :, :, 0], torch.tensor([[True, False]]),
                              batch["prompt"][:1], cameras, 5, steps, num_tracks=32, **switches))
 
 
 @pytest.fixture(scope="session")
-def result(models, batch):
+def closed(models, batch):
     return states(models, batch)
 
 
-def test_sampling_yields_every_step(result):
-    assert [state.step for state in result] == [1, 2, 3] and result[0].t == 1 > result[1].t
-    last = result[-1]
+def test_sampling_yields_every_step_and_keeps_the_reference(models, batch, closed):
+    assert [state.step for state in closed] == [1, 2, 3] and closed[0].t == 1 > closed[1].t
+    last, reference = closed[-1], cycle.encode(models.vae, batch["video"][:1, :, :, :1], "video")
     assert last.tracks.shape == (1, 2, 5, 32, 3) and torch.isfinite(last.tracks).all()
-    assert last.video().shape == (1, 2, 3, 5, 32, 48) and last.coarse.pseudo.shape[3] == 5
+    assert last.video().shape == (1, 2, 3, 5, 32, 48)
+    assert torch.equal(last.latents[:, 0, :, 0], reference[:, 0, :, 0])
+    for view in (1, 0):                                         # the second one is hidden: ignored
+        batch = {**batch, "video": batch["video"].clone()}
+        batch["video"][:, view] = 0
+        assert torch.equal(states(models, batch)[-1].latents, last.latents) == (view == 1)
 
 
-def test_zero_rounds_of_the_loop_equal_the_plain_sampler(models, batch, result):
-    open_loop, plain = (states(models, batch, **off)[-1]
-                        for off in (dict(cycle=False), dict(use_dpa=False)))
-    assert same((open_loop.latents, open_loop.motion), (plain.latents, plain.motion))
-    assert not torch.equal(open_loop.tracks, plain.tracks)          # the DPA has aligned them
-    assert not torch.equal(result[-1].latents, plain.latents)       # the loop changes the video
-    deaf = copy.deepcopy(models)
-    for parameter in deaf.mjd.embed_guidance.parameters():
-        nn.init.zeros_(parameter)
-    closed = states(deaf, batch)[-1]
-    open_loop = states(deaf, batch, cycle=False)[-1]
-    assert same((closed.latents, closed.tracks), (open_loop.latents, open_loop.tracks))
+def test_zero_rounds_of_the_loop_equal_the_plain_sampler(models, batch, closed):
+    assert same(states(models, batch)[-1].tracks, closed[-1].tracks)              # deterministic
+    opened, plain = (states(models, batch, **off)[-1]
+                     for off in (dict(cycle=False), dict(use_dpa=False)))
+    assert same((opened.latents, opened.motion), (plain.latents, plain.motion))
+    assert not torch.equal(opened.tracks, plain.tracks)               # the DPA has aligned them
+    for switch in (dict(cycle=False), dict(seed=1), dict(text_scale=2.0), dict(cycle_every=2),
+                   dict(shift=3.0), dict(eta=0.5)):
+        last = states(models, batch, **switch)[-1]
+        assert not torch.equal(last.latents, closed[-1].latents), switch
+        assert not torch.equal(last.tracks, closed[-1].tracks), switch
 
 
-@pytest.mark.parametrize("switch", [dict(seed=1), dict(text_scale=2.0), dict(cycle_every=2),
-                                    dict(shift=3.0), dict(eta=0.5), dict()], ids=str)
-def test_sampling_is_deterministic_and_every_switch_does_something(models, batch, result, switch):
-    last = states(models, batch, **switch)[-1]
-    equal = torch.equal(last.latents, result[-1].latents)
-    assert equal == (not switch) and same(last.tracks, result[-1].tracks) == (not switch)
-
-
-def test_reference_stays_and_hidden_ones_are_ignored(models, batch, result):
-    reference = cycle.encode(models.vae, batch["video"][:1, :, :, :1], "video")
-    assert torch.equal(result[-1].latents[:, 0, :, 0], reference[:, 0, :, 0])
-    other = {**batch, "video": batch["video"].clone()}
-    other["video"][:, 1] = 0
-    assert torch.equal(states(models, other)[-1].latents, result[-1].latents)
-    other["video"][:, 0] = 0
-    assert not torch.equal(states(models, other)[-1].latents, result[-1].latents)
-
-
-def test_sample_refuses_what_does_not_fit(models, batch):
-    for wrong in (dict(steps=0), dict(cycle_every=0)):
-        with pytest.raises(ValueError, match="expected"):
-            states(models, batch, **wrong)
-    with pytest.raises(ValueError, match="prompt"):
-        states(models, {**batch, "prompt": []})
-
-
-def test_joint_losses_follow_algorithm_1(batch):
-    models, scheduler = new_models(), cycle.DDIMScheduler()
+def test_joint_losses_follow_algorithm_1_and_gradients_reach_every_parameter(batch):
+    models, scheduler = awake_models(), cycle.DDIMScheduler()
 
     def losses(**switches):
-        return cycle.joint_losses(models, batch, scheduler, **switches,
-                                  generator=torch.Generator().manual_seed(0))
-    closed, opened = losses(), losses(use_guidance=False)
-    assert set(closed) == {"video", "motion", "scale", "points", "chamfer"}
-    assert same(closed, losses()) and closed["motion"] != opened["motion"]
+        return cycle.joint_losses(models, batch, scheduler, generator=seeded(), **switches)
+    guided, opened = losses(), losses(use_guidance=False)
+    assert set(guided) == {"video", "motion", "scale", "points", "chamfer"}
+    assert same(guided, losses()) and guided["motion"] != opened["motion"]
     assert set(losses(use_dpa=False)) == {"video", "motion", "scale"}
-    sum(closed.values()).backward()
-    for network in (models.mjd, models.dpa):
-        assert all(torch.isfinite(p.grad).all() and p.grad.any() for p in network.parameters())
-    assert all(p.grad is None for p in models.vae.parameters())             # frozen
+    sum(guided.values()).backward()
+    for name, parameter in itertools.chain(models.mjd.named_parameters(),
+                                           models.dpa.named_parameters()):
+        assert parameter.grad is not None and parameter.grad.any(), name
+    assert all(p.grad is None for p in models.vae.parameters())                         # frozen
+
+
+# ---------------------------------------------------------------- train.py
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """Runs train.py into a folder with some flags, on four cached tiny scenes: its exit code."""
+    fixed = (f"--preset tiny --device cpu --precision fp32 --workers 0 --sample-every 0 --batch 1 "
+             f"--scenes 4 --cache {tmp_path_factory.mktemp('cache')}").split()
+
+    def run(out, flags):
+        handler = signal.getsignal(signal.SIGINT)
+        try:
+            return train.main([*fixed, "--out", str(out), *flags.split()])
+        finally:
+            signal.signal(signal.SIGINT, handler)
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(run, tmp_path_factory):
+    """The folder of a run through all stages."""
+    out = tmp_path_factory.mktemp("run")
+    assert run(out, "--stage all --steps 2 --sample-every 2 --workers 1 --batch 2") == 0
+    return out
+
+
+def test_a_run_through_all_stages_leaves_a_complete_folder(trained, run, capsys):
+    log = (trained / "log.jsonl").read_text()
+    for stage, part in dict(vae="l1", base="scale", dpa="chamfer", joint="moving_psnr").items():
+        assert re.search(f'"stage": "{stage}".*"{part}"', log), (stage, part)
+        assert (trained / f"val_{stage}_2.png").exists()
+    assert {"checkpoint.pt", "weights.pt", "loss.png"} <= {path.name for path in trained.iterdir()}
+    assert run(trained, "--stage joint --steps 1") == 0              # starts from what is there
+    assert f"starting from {trained}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", train.STAGES)
+def test_ctrl_c_and_resume_equal_an_uninterrupted_run(run, tmp_path, monkeypatch, capsys, stage):
+    monkeypatch.setattr(train, "plot_losses", lambda folder: None)
+    losses, calls = train.stage_losses, itertools.count(1)
+
+    def interrupted(*arguments):
+        if next(calls) == 2:
+            signal.raise_signal(signal.SIGINT)                        # in the middle of step 2
+        return losses(*arguments)
+    assert run(tmp_path / "whole", f"--stage {stage} --steps 4") == 0
+    monkeypatch.setattr(train, "stage_losses", interrupted)
+    assert run(tmp_path / "parts", f"--stage {stage} --steps 4") == 0
+    whole, parts = (tmp_path / name / "checkpoint.pt" for name in ("whole", "parts"))
+    assert torch.load(parts)["step"] == 2 and "--resume" in capsys.readouterr().out
+    assert run(tmp_path / "parts", f"--stage {stage} --steps 4 --resume") == 0
+    assert same(torch.load(whole), torch.load(parts))
+
+
+def one_line(capsys):
+    """The error a program has printed, which must be a single sentence of its own."""
+    error = capsys.readouterr().err
+    assert re.match("(train|sample).py: ", error) and error.count("\n") == 1 and len(error) < 500
+    return error
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch, capsys):
+    losses, saved, kept = train.stage_losses, tmp_path / "checkpoint.pt", []
+
+    def spoiled(*arguments):
+        kept.extend([saved.read_bytes()] if saved.exists() else [])
+        parts = losses(*arguments)
+        return {**parts, "motion": math.nan * parts["motion"]} if kept else parts
+    monkeypatch.setattr(train, "stage_losses", spoiled)
+    assert run(tmp_path, "--stage joint --steps 5 --save-every 2") == 2
+    error = one_line(capsys)
+    assert "joint step 2" in error and "motion" in error and saved.read_bytes() == kept[0]
+
+
+def test_a_checkpoint_is_old_or_new_and_never_half(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    train.write_atomically(path, {"step": 1})
+    old = path.read_bytes()
+
+    def full(state, file):
+        file.write(b"half")
+        raise OSError("No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ValueError, match="No space left"):
+        train.write_atomically(path, {"step": 2})
+    assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture(scope="session")
+def outcome(run, tmp_path_factory):
+    """What a joint run with some flags leaves: networks and step, lines of the log, files."""
+    @functools.lru_cache
+    def outcome(flags):
+        out = tmp_path_factory.mktemp("flag")
+        assert run(out, f"--stage joint --steps 1 --log-every 9 {flags}") == 0
+        state, log = torch.load(out / "checkpoint.pt"), (out / "log.jsonl").read_text()
+        return state["mjd"], state["dpa"], state["step"], log.count("\n"), len([*out.iterdir()])
+    return outcome
+
+
+@pytest.mark.parametrize("one, other, equal", [
+    ("", "--workers 1", True), ("", "--checkpointing", True), ("", "--seed 1", False),
+    ("", "--batch 2", False), ("", "--rate 0.1", False), ("", "--scenes 3", False),
+    ("", "--size 32x32", False), ("", "--precision bf16", False), ("", "--sample-every 1", False),
+    ("--single-view 0", "--single-view 1", False), ("--steps 3", "--steps 3 --log-every 1", False),
+    ("--steps 3 --guidance-dropout 1", "--steps 3 --guidance-dropout 0", False),
+    ("--steps 3", "--steps 3 --minutes 1e-9", False)])
+def test_every_flag_does_something_or_provably_nothing(outcome, one, other, equal):
+    assert same(outcome(one), outcome(other)) == equal
+
+
+@pytest.mark.parametrize("kind", ["code", "truncated", "empty", "text", "other", "misfit"])
+def test_bad_checkpoints_are_refused_and_not_executed(run, trained, tmp_path, capsys, kind):
+    path, good = tmp_path / "checkpoint.pt", trained / "weights.pt"
+    state = torch.load(good)
+    torch.save({"code": {**state, "vae": Hostile(tmp_path / "executed")}, "other": {"weights": 1},
+                "misfit": {**state, "mjd": state["dpa"]}}.get(kind, state), path)
+    if kind in ("truncated", "empty", "text"):
+        path.write_bytes({"truncated": good.read_bytes()[:5000], "empty": b"", "text": b"hi"}[kind])
+    assert run(tmp_path, "--stage joint --steps 1") == 2 and "checkpoint.pt" in one_line(capsys)
+    assert sample.main(["--weights", str(path), "--print-cameras"]) == 2
+    assert "checkpoint.pt" in one_line(capsys) and not (tmp_path / "executed").exists()
+
+
+# ---------------------------------------------------------------- sample.py
+
+@pytest.fixture(scope="session")
+def shoot(trained, batch, tmp_path_factory):
+    """Runs sample.py on a picture into a folder: exit code, folder and what it has computed."""
+    ref = tmp_path_factory.mktemp("ref") / "ref.png"
+    iio.imwrite(ref, data.film_strip(batch["video"][0, 0], 1).numpy())
+
+    def shoot(flags="", write=lambda result, out: []):
+        out, found = tmp_path_factory.mktemp("shot"), []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sample, "write_results", lambda *a: found.append(a[0]) or write(*a))
+            patch.setattr(sample, "bf16_is_faster", lambda device: False)
+            code = sample.main(f"--weights {trained}/weights.pt --steps 2 --out {out} --ref {ref} "
+                               f"{flags}".replace("REF", str(ref)).split())
+        return code, out, (found or [None])[0]
+    return shoot
+
+
+def test_sample_writes_its_files_and_the_same_ones_again(shoot):
+    (code, out, _), (_, again, _) = (shoot(write=sample.write_results) for _ in range(2))
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    names = {f"{name}_view{view}.mp4" for name in ("video", "motion") for view in (0, 1)}
+    assert code == 0 and names | {"tracks.npz", "overview.png", "overview.gif"} <= set(files)
+    assert files == {path.name: path.read_bytes() for path in again.iterdir()}
+    saved = np.load(out / "tracks.npz")
+    assert saved["tracks"].shape == (2, 5, 32, 3) and saved["valid"].shape == (2, 5, 32)
+    assert {"anchors", "intrinsics", "extrinsics", "scale", "fps", "prompt"} <= set(saved)
+    assert iio.imread(out / "video_view1.mp4").shape[0] == 5
+
+
+def test_every_flag_of_sample_does_something(shoot, trained, tmp_path, capsys):
+    *_, base = shoot()
+    capsys.readouterr()
+    assert base.given == [False, True]                                        # the centre view
+    assert sample.main(["--print-cameras", "--weights", str(trained / "weights.pt")]) == 0
+    rig = json.loads(capsys.readouterr().out)
+    rig["views"][0]["extrinsics"][0][3] += 0.1
+    (tmp_path / "rig.json").write_text(json.dumps(rig))
+    for flags in ("--seed 1", "--steps 3", "--prompt cut", "--text-scale 3", "--no-dpa",
+                  "--ref REF REF", f"--cameras {tmp_path / 'rig.json'}"):
+        assert not torch.equal(shoot(flags)[2].tracks, base.tracks), flags
+
+
+BAD = dict(
+    train="""--steps -1;--steps many;--preset huge;--stage none;--size 64;--size 30x40;--size 0x0;
+        --size -32x32;--rate -1;--rate nan;--batch -2;--save-every 0;--log-every 0;--device tpu;
+        --guidance-dropout 2;--single-view nan;--precision fp8;--minutes -1;--minutes nan;--seed x;
+        --seed 99999999999999999999;--workers -1;--bogus;--resume;--out FILE;--out /proc/no;
+        --cache FILE/c;--data taco;--data taco --data-root /no --mano-dir /no;
+        --out TRAINED --preset small""",
+    sample=f"""--ref;--ref none.png;--ref FILE;--ref /tmp;--ref REF REF REF;--prompt=;--steps 0;
+        --prompt {'x' * 99};--scenes 0;--seed -1;--text-scale nan;--cycle-every 0;--cameras FILE;
+        --cameras none.json;--weights FILE;--weights none.pt;--weights= --preset huge;--device tpu;
+        --bogus;--split none;--out FILE;--out /proc/no""")
+
+
+@pytest.mark.parametrize("program, flags", [(name, " ".join(flags.split()))
+                                            for name in BAD for flags in BAD[name].split(";")])
+def test_bad_input_gets_one_sentence(run, shoot, trained, tmp_path, capsys, program, flags):
+    (tmp_path / "file").write_text("not what was expected")
+    flags = flags.replace("FILE", str(tmp_path / "file")).replace("TRAINED", str(trained))
+    code = run(tmp_path / "out", f"--steps 1 {flags}") if program == "train" else shoot(flags)[0]
+    assert code == 2
+    one_line(capsys)
+
+
+# ---------------------------------------------------------------- README and house rules
+
+@pytest.mark.skipif(not (HERE / "README.md").exists(), reason="README.md is not written yet")
+def test_readme_is_true_and_the_paper_is_cited(capsys):
+    code = "".join(script.read_text() for script in SCRIPTS)
+    for pattern, last in ((r"Eq\. (\d(?:(?:-|, | and )\d)*)", 4),
+                          (r"[Ll]ines? (\d(?:(?:-|, | and )\d)*)", 7)):
+        assert set(map(str, range(1, last + 1))) <= set("".join(re.findall(pattern, code))), pattern
+    text, known = (HERE / "README.md").read_text(), (HERE / "data.py").read_text()
+    for program in (train, sample):
+        with pytest.raises(SystemExit):
+            program.main(["--help"])
+        known += capsys.readouterr().out
+    for path in set(re.findall(r"(?:assets|weights)/[\w.-]+\w|\b[a-z_]+\.py\b", text)):
+        assert (HERE / path).exists(), path
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)):
+        assert re.search(rf"{flag}(?![\w-])", known), flag
+    lines = dict(re.findall(r"^\| `?(\w+\.py)`? \| *([\d,]+) \|", text, re.MULTILINE))
+    for script in [*SCRIPTS, Path(__file__)]:
+        count = len(script.read_text().splitlines())
+        assert abs(int(lines[script.name].replace(",", "")) - count) <= 0.05 * count, script.name
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_house_rules(script):
+    text, allowed = script.read_text(), dict(dpa="mjd", cycle="data mjd dpa")
+    imported = set(re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)) & {
+        path.stem for path in SCRIPTS}
+    assert imported <= set(allowed.get(script.stem, "data mjd dpa cycle" * (
+        script.stem in ("train", "sample"))).split()) and max(map(len, text.splitlines())) <= 100
+    tree = ast.parse(text).body
+    for node in [*tree, *(node for parent in tree for node in getattr(parent, "body", []))]:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_":
+            assert ast.get_docstring(node) or node.name == "forward", f"{node.name}: no docstring"
+            assert isinstance(node, ast.ClassDef) or node.end_lineno - node.lineno < 60, node.name
