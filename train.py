@@ -76,7 +76,7 @@ class Settings:
     batch: int = option(0, "scenes a step, 0 = the preset's")
     rate: float = option(0.0, "peak learning rate of all networks, 0 = the preset's")
     minutes: float = option(0.0, "stop a stage after so many minutes (decay included), 0 = never")
-    guidance_dropout: float = option(0.3, "share of joint steps without motion guidance")
+    guidance_dropout: float = option(0.4, "share of joint steps of the MJD alone, without guidance")
     single_view: float = option(0.15, "share of joint steps with V = 1")
     scenes: int = option(0, "distinct training scenes, 0 = no limit (each is new; slow on a CPU)")
     cache: str = option("", "folder that keeps rendered scenes or decoded TACO crops")
@@ -233,7 +233,7 @@ def stage_losses(stage, models, batch, scheduler, settings, generator):
     if chance[0] < settings.single_view:      # keeps the single-view model alive
         batch = views_to_batch(batch)
     return joint_losses(models, batch, scheduler, generator=generator,
-                        use_guidance=bool(chance[1] >= settings.guidance_dropout))
+                        use_dpa=bool(chance[1] >= settings.guidance_dropout))
 
 
 # --------------------------------------------------------------------------------------- trainer
