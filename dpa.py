@@ -205,6 +205,7 @@ def gaussian_prior(noisy, coarse, std, t):
 # ---------------------------------------------------------------- network
 
 def modulate(x, shift, scale):
+    """Normalises x (..., D), then scales and shifts it."""
     return rms_norm(x) * (1 + scale) + shift
 
 
@@ -428,6 +429,7 @@ def flow_loss(dpa, truth, t, **condition):
 
 
 def error_cm(points, truth):
+    """Mean distance in cm of points (..., 3) in metres."""
     return 100 * (points - truth).norm(dim=-1).mean().item()
 
 

@@ -68,6 +68,11 @@ def parse(arguments=None):
     add("--split", choices=("val", "unseen", "both"), default="both", help="scenes of --eval")
     add("--scenes", type=int, default=48, help="scenes of --eval, a split")
     add("--json", type=Path, metavar="FILE", help="where --eval writes its tables")
+
+    def refuse(message):                      # one sentence instead of argparse's usage
+        raise ValueError(message + ": see python sample.py --help")
+
+    parser.error = refuse
     settings = parser.parse_args(arguments)
     settings.steps = (10 if settings.eval else 25) if settings.steps is None else settings.steps
     for fine, flag, expected in (
@@ -588,7 +593,8 @@ def tables(found):
                 "pseudo": summary(found["pseudo", ""]), "truth": summary(row("truth", "truth"))},
             "depth": {"of frame 0 (DaS)": summary(found["tracks", "frozen"]),
                       "of every frame": summary(found["tracks", "closed"])},
-            "action_accuracy": summary(trials) | {"trials": len(trials), "confusion": confusion},
+            "action_accuracy": {"accuracy": None, "chance": None} | summary(trials)
+            | {"trials": len(trials), "confusion": confusion},
             } | {table: {name: summary(runs) for (kind, name), runs in found.items()
                          if kind == table} for table in ("references", "cameras")}
 
