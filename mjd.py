@@ -406,6 +406,9 @@ class MJD(nn.Module):
 
     # The scale is regressed in these units: s = 0.6 m + 0.1 m * output (about the scene's depth).
     scale_centre, scale_unit = 0.6, 0.1
+    # The heads estimate clean latents, v = (z_t - clean) / max(t, 0.2). To predict v itself, noise
+    # of 4 C = 192 numbers a token would have to pass through D = 256: that learns far slower.
+    least_time = 0.2
 
     def __init__(self, channels=32, dim=256, heads=8, depth=8, mlp=1024, text_tokens=64, patch=2):
         super().__init__()
@@ -417,7 +420,10 @@ class MJD(nn.Module):
         # The refined motion guidance has a projection of its own. The paper adds it to z_Mpv,t
         # (Alg. 1, line 4); measured, the sum is ambiguous at low t (README, tried and dropped).
         self.embed_guidance = zero_init(nn.Linear(pixels, dim))
-        self.embed_rays = zero_init(nn.Linear(6 * patch ** 2, dim))
+        # Beyond the paper: z_I is shown to the tokens of all frames, not of the first alone, and
+        # the rays come with the pixel's own position (which is a pseudo video's background).
+        self.embed_reference = zero_init(nn.Linear(pixels, dim))
+        self.embed_rays = zero_init(nn.Linear(8 * patch ** 2, dim))
         self.modality = nn.Parameter(torch.randn(2, dim) * 0.02)
         self.special = nn.Parameter(torch.randn(SCALE_TOKENS + REGISTER_TOKENS, dim) * 0.02)
         self.time = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
@@ -441,7 +447,8 @@ class MJD(nn.Module):
                              f"{height} x {width}: choose another picture size")
         layout = Layout(frames, height // self.patch, width // self.patch,
                         self.special.shape[-1] // self.heads, video.device)
-        x = self.tokens(video, motion, rays, guidance)                        # (B, V, T, D)
+        reference = torch.where(given[..., None, None, None, None], video[:, :, :, :1], 0.0)
+        x = self.tokens(video, motion, reference, rays, guidance)             # (B, V, T, D)
         modulation, head_row = self.modulations(t, given, frames)
         text_tokens, text_mask = text
         for block in self.blocks:
@@ -453,16 +460,22 @@ class MJD(nn.Module):
         shift, scale = (row[:, :, layout.row] for row in head_row.to(x.dtype).chunk(2, -1))
         x = rms_norm(x) * (1 + scale) + shift
         visual = rearrange(x[:, :, layout.special:], "b v (m t) d -> m b v t d", m=2)
-        velocities = [self.unpatchify(head(y), layout) for head, y in zip(self.heads_out, visual)]
+        clean = [self.unpatchify(head(y), layout) for head, y in zip(self.heads_out, visual)]
+        clean[0] = clean[0] + reference      # untrained, it repeats the reference frame
+        time = t.clamp_min(self.least_time).reshape(-1, 1, 1, 1, 1, 1)
         scale = self.head_scale(x[:, :, :SCALE_TOKENS])[..., 0].float()       # (B, V, 2)
-        return *velocities, self.scale_centre + self.scale_unit * scale
+        return ((video - clean[0]) / time, (motion - clean[1]) / time,
+                self.scale_centre + self.scale_unit * scale)
 
-    def tokens(self, video, motion, rays, guidance):
-        """Latents, rays and guidance -> tokens (B,V,T,D) in the order of Layout."""
+    def tokens(self, video, motion, reference, rays, guidance):
+        """Latents, reference, rays and guidance -> tokens (B,V,T,D) in the order of Layout."""
         batch, views, _, frames, height, width = video.shape
         rays = F.adaptive_avg_pool2d(rays.flatten(0, 1), (height, width))
-        rays = rays.unflatten(0, (batch, views))
-        rays = self.embed_rays(self.patchify(rays[:, :, :, None]))            # (B, V, 1 h w, D)
+        rows, columns = (torch.linspace(-1, 1, side, device=rays.device) for side in rays.shape[2:])
+        position = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))
+        rays = torch.cat([rays, position.expand(len(rays), -1, -1, -1)], 1)
+        rays = self.embed_rays(self.patchify(rays.unflatten(0, (batch, views))[:, :, :, None]))
+        rays = rays + self.embed_reference(self.patchify(reference))          # (B, V, 1 h w, D)
         rays = rays.repeat(1, 1, frames, 1)
         parts = [repeat(self.special, "s d -> b v s d", b=batch, v=views)]
         for index, latents in enumerate((video, motion)):

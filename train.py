@@ -294,6 +294,7 @@ class Trainer:
         else:
             loaded, source = load_models(shipped), f"the shipped {shipped.name}"
         config = make_config(self.settings.preset, self.recipe)
+        config["trained"] = loaded.config.get("trained", []) if loaded else []
         self.models = loaded or build_models(config)
         for name in ("vae", "mjd", "dpa"):
             if self.models.config[name] != config[name]:
@@ -496,6 +497,9 @@ class Trainer:
 
     def finish_stage(self):
         """Checkpoint, loss curve, peak memory; a finished stage hands its average on."""
+        self.models.config["trained"].append(dict(
+            stage=self.stage, steps=self.step - self.first_step, data=self.settings.data,
+            minutes=round((time.perf_counter() - self.started) / 60, 1), device=str(self.device)))
         if not self.interrupted:
             for name in self.names:
                 self.models.networks[name].load_state_dict(self.average[name])
