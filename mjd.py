@@ -406,9 +406,9 @@ class MJD(nn.Module):
 
     # The scale is regressed in these units: s = 0.6 m + 0.1 m * output (about the scene's depth).
     scale_centre, scale_unit = 0.6, 0.1
-    # The heads estimate clean latents, v = (z_t - clean) / max(t, 0.2). To predict v itself, noise
-    # of 4 C = 192 numbers a token would have to pass through D = 256: that learns far slower.
-    least_time = 0.2
+    # The heads estimate clean latents, give or take this deviation; `velocity` makes v of it. To
+    # predict v itself, 4 C = 192 noisy numbers a token would have to pass through D = 256.
+    prior_std = 0.5
 
     def __init__(self, channels=32, dim=256, heads=8, depth=8, mlp=1024, text_tokens=64, patch=2):
         super().__init__()
@@ -462,10 +462,16 @@ class MJD(nn.Module):
         visual = rearrange(x[:, :, layout.special:], "b v (m t) d -> m b v t d", m=2)
         clean = [self.unpatchify(head(y), layout) for head, y in zip(self.heads_out, visual)]
         clean[0] = clean[0] + reference      # untrained, it repeats the reference frame
-        time = t.clamp_min(self.least_time).reshape(-1, 1, 1, 1, 1, 1)
         scale = self.head_scale(x[:, :, :SCALE_TOKENS])[..., 0].float()       # (B, V, 2)
-        return ((video - clean[0]) / time, (motion - clean[1]) / time,
+        return (self.velocity(video, clean[0], t), self.velocity(motion, clean[1], t),
                 self.scale_centre + self.scale_unit * scale)
+
+    def velocity(self, noisy, estimate, t):
+        """E[z_1 - z_0 | z_t] if z_0 ~ N(estimate, prior_std^2), (B,V,C,n,h,w), as in the DPA: near
+        noise it trusts the estimate, near t = 0 it trusts z_t. For the flow path (Eq. 1)."""
+        t, variance = t.float().reshape(-1, 1, 1, 1, 1, 1), self.prior_std ** 2
+        total = (1 - t).square() * variance + t.square()                      # variance of z_t
+        return (noisy - (1 - t) * estimate) * (t - (1 - t) * variance) / total - estimate
 
     def tokens(self, video, motion, reference, rays, guidance):
         """Latents, reference, rays and guidance -> tokens (B,V,T,D) in the order of Layout."""
