@@ -408,7 +408,7 @@ class MJD(nn.Module):
     scale_centre, scale_unit = 0.6, 0.1
     # The heads estimate clean latents, give or take this deviation; `velocity` makes v of it. To
     # predict v itself, 4 C = 192 noisy numbers a token would have to pass through D = 256.
-    prior_std = 0.5
+    prior_std = 0.15
 
     def __init__(self, channels=32, dim=256, heads=8, depth=8, mlp=1024, text_tokens=64, patch=2):
         super().__init__()
