@@ -276,9 +276,9 @@ def joint_losses(models, batch, scheduler, use_guidance=True, use_dpa=True, text
     """Alg. 1, one training step: a dict of loss parts whose sum is L = L_MJD + L_DPA (line 7).
 
     batch: a collated sample dict of data.py, on the models' device. use_guidance=False leaves out
-    line 3 (it is dropped at random in training, so that the loop can be switched off);
-    use_dpa=False leaves out lines 3, 5 and 6 (the warm-up of the base model). generator: a CPU
-    torch.Generator. The paper gives no weights for the parts: they are 1.
+    line 3, use_dpa=False lines 3, 5 and 6: so train.py warms the MJD up, and so it drops the
+    guidance at random, that the loop can be switched off. generator: a CPU torch.Generator. The
+    paper gives no weights for the parts: they are 1.
     """
     noisy = diffuse(models, batch, scheduler, text_dropout, generator)            # lines 1, 2
     guidance = refine(models, noisy, scheduler) if use_guidance and use_dpa else None
