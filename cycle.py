@@ -42,13 +42,16 @@ class DDIMScheduler:
     The network predicts the velocity d z_t / d t; from it follow the clean and the noise estimate,
     which DDIM mixes anew at the next time. path="flow": alpha = 1-t, sigma = t, and with eta = 0
     a step *is* the paper's Euler step (Sec. 3.1, Eq. 2). path="cosine": classic DDIM.
-    All t are (B,) or scalars; noisy, clean, noise, velocity (B,...).
+    All t are (B,) or scalars; noisy, clean, noise, velocity (B,...). shift > 1 moves the times of
+    training and sampling alike towards noise, `t' = shift t / (1 + (shift - 1) t)`, as Wan2.2
+    does when it samples: 3 at low resolution. There the motion is decided; near 0 little is left
+    to do. (The paper: t ~ U(0,1), which is shift = 1.)
     """
 
-    def __init__(self, path="flow"):
+    def __init__(self, path="flow", shift=3.0):
         if path not in ("flow", "cosine"):
             raise ValueError(f'expected path "flow" or "cosine", got {path!r}')
-        self.path = path
+        self.path, self.shift = path, shift
 
     def coefficients(self, t, like):
         """alpha, sigma and their derivatives by t, shaped to multiply `like` (B,...)."""
@@ -90,11 +93,13 @@ class DDIMScheduler:
         drawn = torch.randn(noisy.shape, generator=generator).to(noisy)
         return alpha_next * clean + kept * noise + fresh * drawn
 
-    @staticmethod
-    def times(steps, shift=1.0):
-        """steps + 1 times from 1 to 0, float list; shift > 1 spends more of them near noise."""
-        even = [1 - i / steps for i in range(steps + 1)]
-        return [shift * s / (1 + (shift - 1) * s) for s in even]
+    def shifted(self, t):
+        """Evenly spread t in [0,1], number or tensor -> times with more of them near noise."""
+        return self.shift * t / (1 + (self.shift - 1) * t)
+
+    def times(self, steps):
+        """The steps + 1 times of sampling from 1 to 0, a list of floats."""
+        return [self.shifted(1 - i / steps) for i in range(steps + 1)]
 
 
 # --------------------------------------------------------------------------------------- models
@@ -186,9 +191,22 @@ def fold(tensor):
     return tensor.flatten(0, 1)
 
 
+def true_anchors(batch):
+    """Pixels (B,V,K,2) of a batch's tracks in frame 0: sampled tracks follow them slot by slot."""
+    starts = batch["tracks"][:, :, 0]
+    uv, _ = project(fold(starts), fold(batch["intrinsics"]), fold(batch["extrinsics"]))
+    return uv.unflatten(0, starts.shape[:2])
+
+
 def encode(vae, video, modality):
     """(B,V,3,N,H,W) in [-1,1] -> latents (B,V,C,n,h,w)."""
     return vae.encode(fold(video), modality).unflatten(0, video.shape[:2])
+
+
+def encode_sample(vae, batch):
+    """`latents_video`, `latents_motion` (B,V,C,n,h,w) of a collated sample dict, as a dict."""
+    return {"latents_video": encode(vae, batch["video"], "video"),
+            "latents_motion": encode(vae, batch["pseudo"], "motion")}
 
 
 def decode(vae, latents, modality):
@@ -275,7 +293,8 @@ def joint_losses(models, batch, scheduler, use_guidance=True, use_dpa=True, text
                  generator=None):
     """Alg. 1, one training step: a dict of loss parts whose sum is L = L_MJD + L_DPA (line 7).
 
-    batch: a collated sample dict of data.py, on the models' device. use_guidance=False leaves out
+    batch: a collated sample dict of data.py, on the models' device, with `video` and
+    `pseudo`, or what encode_sample() makes of them. use_guidance=False leaves out
     line 3, use_dpa=False lines 3, 5 and 6: so train.py warms the MJD up, and so it drops the
     guidance at random, that the loop can be switched off. generator: a CPU torch.Generator. The
     paper gives no weights for the parts: they are 1.
@@ -290,19 +309,19 @@ def joint_losses(models, batch, scheduler, use_guidance=True, use_dpa=True, text
 
 def diffuse(models, batch, scheduler, text_dropout=0.1, generator=None):
     """Alg. 1, lines 1 and 2: encode everything and add noise of one common t. A namespace."""
-    count, views = batch["video"].shape[:2]
-    size, device = batch["video"].shape[-2:], models.device
+    (count, views), device = batch["tracks"].shape[:2], models.device
     cameras = batch["intrinsics"], batch["extrinsics"]
     drop = (torch.rand(count, generator=generator) < text_dropout).tolist()
     given = draw_given(count, views, generator, device)
-    t = torch.rand(count, generator=generator).to(device)
+    t = scheduler.shifted(torch.rand(count, generator=generator)).to(device)
     with torch.no_grad():
         # Line 1: s and M_pv = ProjNorm(M) come drawn from the data set. z_I needs no pass of its
         # own: the VAE is causal, so it is latent frame 0 of z_V.
-        video = encode(models.vae, batch["video"], "video")
-        motion = encode(models.vae, batch["pseudo"], "motion")
+        if "latents_video" not in batch:
+            batch = batch | encode_sample(models.vae, batch)
+        video, motion = batch["latents_video"], batch["latents_motion"]           # (B,V,C,n,h,w)
+        size = [side * r for side, r in zip(video.shape[-2:], models.vae.strides[1:])]
         points = models.dpa.normalise(batch["tracks"])                            # (B,V,N,K,3)
-        anchors = project(fold(batch["tracks"][:, :, 0]), *map(fold, cameras))[0]
         # Line 2: z_V,t with its clean first frame, z_Mpv,t and M_t.
         noise = [torch.randn(x.shape, generator=generator).to(x) for x in (video, motion, points)]
         video_t, motion_t, points_t = (scheduler.add_noise(x, e, t)
@@ -311,7 +330,7 @@ def diffuse(models, batch, scheduler, text_dropout=0.1, generator=None):
     return SimpleNamespace(
         t=t, given=given, cameras=cameras, size=size, scale=batch["scale"],
         prompts=["" if d else prompt for d, prompt in zip(drop, batch["prompt"])],
-        rays=camera_rays(cameras, size), anchors=anchors.unflatten(0, (count, views)),
+        rays=camera_rays(cameras, size), anchors=true_anchors(batch),
         video=video, motion=motion, points=points, video_t=video_t, motion_t=motion_t,
         points_t=points_t, noise_video=noise[0], noise_motion=noise[1], noise_points=noise[2])
 
@@ -392,7 +411,7 @@ class SampleState:
 
 @torch.no_grad()
 def sample(models, reference, given, prompts, cameras, frames, steps=25, text_scale=1.0,
-           num_tracks=256, anchors=None, cycle=True, use_dpa=True, cycle_every=1, shift=1.0,
+           num_tracks=256, anchors=None, cycle=True, use_dpa=True, cycle_every=1, shift=3.0,
            eta=0.0, seed=0):
     """The closed loop of Sec. 3.5: a generator of one SampleState a step, the last is the result.
 
@@ -405,7 +424,7 @@ def sample(models, reference, given, prompts, cameras, frames, steps=25, text_sc
     unpublished: this is training's Alg. 1 with the estimate of the step before.
     """
     check_sample_inputs(models, reference, given, prompts, cameras, steps, cycle_every)
-    scheduler = DDIMScheduler("flow")                       # the path that the networks learnt
+    scheduler = DDIMScheduler("flow", shift)                # the path that the networks learnt
     generator = torch.Generator().manual_seed(seed)
     device, (batch, views), size = models.device, given.shape, reference.shape[-2:]
     shape = models.vae.latent_size(frames, *size)
@@ -419,7 +438,7 @@ def sample(models, reference, given, prompts, cameras, frames, steps=25, text_sc
     point_noise = noise(batch, views, frames, num_tracks, 3)
     predict = MotionPredictor(models.mjd, prompts, camera_rays(cameras, size), given, text_scale)
     points, guidance, slots = point_noise, None, None
-    times = scheduler.times(steps, shift)
+    times = scheduler.times(steps)
     for step, (t, t_next) in enumerate(zip(times, times[1:])):
         video = insert_reference(video, clean_reference, given)
         velocity_video, velocity_motion, scale = predict(video, motion, t, guidance)

@@ -39,7 +39,7 @@ PRESETS = {
     "tiny": dict(vae=dict(strides=(4, 8, 8), channels=8, widths=(16, 32), depth=1),
                  mjd=dict(dim=64, heads=2, depth=2, mlp=128, text_tokens=64)),
     "small": dict(vae=dict(strides=(4, 8, 8), channels=48, widths=(96, 192), depth=2),
-                  mjd=dict(dim=256, heads=8, depth=8, mlp=1024, text_tokens=64)),
+                  mjd=dict(dim=384, heads=6, depth=6, mlp=1536, text_tokens=64)),
     "taco": dict(vae=dict(strides=(4, 8, 8), channels=32, widths=(128, 256), depth=3),
                  mjd=dict(dim=768, heads=12, depth=16, mlp=3072, text_tokens=128)),
     "paper": dict(vae=dict(strides=(4, 16, 16), channels=48, widths=(256, 512), depth=4),
@@ -227,6 +227,10 @@ class VideoVAE(nn.Module):
         mean, std = self.statistics(modality)
         return self.reconstruct(latents * std + mean).float()
 
+    def round_trip(self, video):
+        """Encoder and decoder: video (B,3,N,H,W) -> what is left of it, float32 in [-1,1]."""
+        return self.reconstruct(self.moments(video)[0]).float().clamp(-1, 1)
+
     @torch.no_grad()
     def init_from(self, videos):
         """Sets the linear projections to the principal components of videos (B,3,N,H,W)."""
@@ -334,7 +338,7 @@ def mlp(dim, hidden):
 class Layout:
     """Where the tokens of one view are: [scale | register | video (n h w) | motion (n h w)].
 
-    row (T,): each token's row of the modulation table (one a video frame, the last for motion);
+    spread: each token's row of the modulation table (one a video frame, the last for motion);
     within: rotary tables of the T tokens (special tokens are not turned); across(V): those of the
     h*w places of one frame, seen V times.
     """
@@ -342,13 +346,16 @@ class Layout:
     def __init__(self, frames, height, width, head_dim, device=None):
         self.special, self.frames = SCALE_TOKENS + REGISTER_TOKENS, frames
         self.height, self.width, self.places = height, width, height * width
-        video_row = torch.arange(frames, device=device).repeat_interleave(self.places)
-        motion_row = torch.full_like(video_row, frames)
-        self.row = torch.cat([motion_row.new_full((self.special,), frames), video_row, motion_row])
         cos, sin = rotary_table(frames, height, width, head_dim, device)
         self.within = (F.pad(cos.repeat(2, 1), (0, 0, self.special, 0), value=1.0),
                        F.pad(sin.repeat(2, 1), (0, 0, self.special, 0)))
         self.place = (cos[:self.places], sin[:self.places])
+
+    def spread(self, rows):
+        """Modulation rows (B,V,n+1,D) -> one a token, (B,V,T,D)."""
+        video = repeat(rows[:, :, :-1], "b v n d -> b v (n p) d", p=self.places)
+        motion = rows[:, :, -1:].expand(-1, -1, self.special + video.shape[2], -1)
+        return torch.cat([motion[:, :, :self.special], video, motion[:, :, self.special:]], 2)
 
     def across(self, views):
         """cos and sin (V h w, head_dim/2) for the attention over all views of one frame."""
@@ -369,7 +376,7 @@ class Block(nn.Module):
         """x (B,V,T,D); modulation (B,V,n+1,6,D): one row a video frame, the last for motion."""
         bias = torch.cat([self.modulation[:1].expand(layout.frames, -1, -1), self.modulation[1:]])
         rows = (modulation + bias).to(x.dtype).unbind(3)
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (r[:, :, layout.row] for r in rows)
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = map(layout.spread, rows)
 
         h = rms_norm(x) * (1 + scale) + shift                                 # (B, V, T, D)
         x = x + gate * self.between_views(h, layout, fused)
@@ -404,8 +411,9 @@ class MJD(nn.Module):
     fused and checkpointing can be switched at any time: same results, other time and memory.
     """
 
-    # The scale is regressed in these units: s = 0.6 m + 0.1 m * output (about the scene's depth).
-    scale_centre, scale_unit = 0.6, 0.1
+    # The scale is regressed in these units: s = centre + 0.1 m * output, centre (d_min, d_max) in
+    # metres of a typical scene of ours.
+    scale_centre, scale_unit = (0.5, 0.8), 0.1
     # The heads estimate clean latents, give or take this deviation; `velocity` makes v of it. To
     # predict v itself, 4 C = 192 noisy numbers a token would have to pass through D = 256.
     prior_std = 0.15
@@ -432,6 +440,7 @@ class MJD(nn.Module):
         self.head_modulation = zero_init(nn.Linear(dim, 2 * dim))
         self.heads_out = nn.ModuleList(zero_init(nn.Linear(dim, pixels)) for _ in range(2))
         self.head_scale = zero_init(nn.Linear(dim, 1))
+        self.register_buffer("centre", torch.tensor(self.scale_centre), persistent=False)
 
     def forward(self, video, motion, t, text, rays, given, guidance=None):
         """One joint estimate: (v_video, v_motion) (B,V,C,n,h,w) and scale (B,V,2) in metres.
@@ -457,14 +466,14 @@ class MJD(nn.Module):
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x = block(*arguments)
-        shift, scale = (row[:, :, layout.row] for row in head_row.to(x.dtype).chunk(2, -1))
+        shift, scale = map(layout.spread, head_row.to(x.dtype).chunk(2, -1))
         x = rms_norm(x) * (1 + scale) + shift
         visual = rearrange(x[:, :, layout.special:], "b v (m t) d -> m b v t d", m=2)
         clean = [self.unpatchify(head(y), layout) for head, y in zip(self.heads_out, visual)]
         clean[0] = clean[0] + reference      # untrained, it repeats the reference frame
         scale = self.head_scale(x[:, :, :SCALE_TOKENS])[..., 0].float()       # (B, V, 2)
         return (self.velocity(video, clean[0], t), self.velocity(motion, clean[1], t),
-                self.scale_centre + self.scale_unit * scale)
+                self.centre + self.scale_unit * scale)
 
     def velocity(self, noisy, estimate, t):
         """E[z_1 - z_0 | z_t] if z_0 ~ N(estimate, prior_std^2), (B,V,C,n,h,w), as in the DPA: near
@@ -551,7 +560,7 @@ def attention_patterns(views=3):
     size = PRESETS["small"]["mjd"]
     block = Block(size["dim"], size["heads"], size["mlp"])
     layout = Layout(4, 4, 6, size["dim"] // size["heads"])
-    x = torch.randn(1, views, len(layout.row), size["dim"])
+    x = torch.randn(1, views, len(layout.within[0]), size["dim"])
     starts = [layout.special + layout.places * i for i in range(2 * layout.frames)]
     groups = [(slice(None), view, slice(start, start + layout.places))
               for start in starts for view in range(views)]

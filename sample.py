@@ -6,12 +6,14 @@
     python sample.py --eval --json eval.json                    # the tables of the README
 
 Into --out it writes video_view*.mp4, motion_view*.mp4 (the motion pseudo videos), overview.png,
-overview.gif and tracks.npz: tracks (V,N,K,3) metres, world, valid (V,N,K), anchors (V,K,2) pixels,
-cameras, scale, fps, prompt. Same seed, same files. All sizes come from the checkpoint; symbols,
+overview.gif, viewer.html (videos and orbitable tracks, for a browser) and tracks.npz: tracks
+(V,N,K,3) metres, world, valid (V,N,K), anchors (V,K,2) pixels, cameras, scale, fps, prompt. Same
+seed, same files. All sizes come from the checkpoint; symbols,
 units and frames are those of data.py.
 """
 
 import argparse
+import base64
 import json
 import math
 import os
@@ -36,12 +38,13 @@ from matplotlib.figure import Figure
 from mpl_toolkits.mplot3d.art3d import Line3DCollection
 from torch.utils.data import default_collate
 
-from cycle import bf16_is_faster, decode, encode, fold, load_models, read_tracks, sample
+from cycle import (bf16_is_faster, decode, encode, fold, load_models, read_tracks, sample,
+                   true_anchors)
 from data import (FOREGROUND_THRESHOLD, SyntheticHOI, anchor_colours, camera_centres, film_strip,
                   nominal_rig, project, unproject)
 from dpa import chamfer_distance
 
-FPS, WEIGHTS = 8, Path(__file__).parent / "weights"
+FPS, WEIGHTS, ASSETS = 8, Path(__file__).parent / "weights", Path(__file__).parent / "assets"
 VIEW_NAMES = ("left", "centre", "right")
 
 
@@ -243,6 +246,7 @@ def write_results(result, out):
                  **{key: getattr(result, key).numpy() for key in keys})
         overview(result, draft / "overview.png")
         animation(result, draft / "overview.gif")
+        (draft / "viewer.html").write_text(viewer(result))
         names = sorted(path.name for path in draft.iterdir())
         for name in names:
             os.replace(draft / name, out / name)
@@ -286,6 +290,12 @@ def overview(result, path, columns=7):
     figure.savefig(path, dpi=110)
 
 
+def track_colours(result):
+    """Colours (V,K,3) in [0,1] that the motion videos give the tracks in frame 0."""
+    depth = project(result.tracks[:, 0], result.intrinsics, result.extrinsics)[1]       # (V,K)
+    return anchor_colours(result.anchors, depth, result.scale[:, None], result.size)
+
+
 def draw_tracks(axes, result, frame, azimuth, trail):
     """Tracks of all views: `frame` as points, the `trail` frames before as lines, a table."""
     axes.clear()
@@ -293,9 +303,7 @@ def draw_tracks(axes, result, frame, azimuth, trail):
     kept = result.valid.float().mean(1) > 0.5                           # (V,K): read in most frames
     kept = kept if kept.any() else torch.ones_like(kept)
     paths = rearrange(result.tracks, "v n k c -> v k n c")[kept].numpy()                # (P,N,3)
-    depth = project(result.tracks[:, 0], result.intrinsics, result.extrinsics)[1]       # (V,K)
-    colours = anchor_colours(result.anchors, depth, result.scale[:, None], result.size)
-    colours, recent = colours[kept].numpy(), paths[:, max(0, frame - trail):frame + 1]
+    colours, recent = track_colours(result)[kept].numpy(), paths[:, max(0, frame - trail):frame + 1]
     middle, lines = np.median(paths, (0, 1)), np.linspace(-0.2, 0.2, 9)
     grid = np.array([[(x, -0.2), (x, 0.2)] for x in lines] + [[(-0.2, x), (0.2, x)] for x in lines])
     grid = np.pad(grid + middle[:2].round(2), ((0, 0), (0, 0), (0, 1)))
@@ -330,6 +338,55 @@ def animation(result, path):
         panel = np.array(canvas.buffer_rgba())[..., :3]
         gif.send(np.concatenate([pictures[index % frames], panel], 1))
     gif.close()
+
+
+def moving_parts(tracks, parts=4, rounds=20):
+    """Which tracks (V,N,K,3) move alike, (V,K) in 0..parts-1: k-means of their paths less their
+    start, part 0 moves least. Fixed start, so that the same tracks give the same parts."""
+    paths = rearrange(tracks - tracks[:, :1], "v n k c -> (v k) (n c)")
+    far = paths.norm(dim=1)
+    centres = paths[far.argsort()[torch.linspace(0, len(paths) - 1, parts).long()]]
+    for _ in range(rounds):
+        part = torch.cdist(paths, centres).argmin(1)
+        centres = torch.stack([paths[part == p].mean(0) if (part == p).any() else centres[p]
+                               for p in range(parts)])
+    order = centres.norm(dim=1).argsort().argsort()
+    return order[part].view(tracks.shape[0], -1)
+
+
+def viewer(result):
+    """viewer.html: the videos and an orbitable 3D view of tracks and cameras, one file, no network.
+
+    The template in assets/ draws; this fills in its data: points (V,N,K,3) as int16 in 0.1 mm from
+    their middle, clips as strips of frames in PNG, frusta of the cameras 12 cm deep.
+    """
+    def packed(array, dtype):
+        return base64.b64encode(np.ascontiguousarray(array, dtype).tobytes()).decode()
+
+    def strip(clip):
+        picture = iio.imwrite("<bytes>", film_strip(clip, clip.shape[1]).numpy(), extension=".png")
+        return "data:image/png;base64," + base64.b64encode(picture).decode()
+
+    views, frames, count = result.tracks.shape[:3]
+    height, width = result.size
+    middle = result.tracks.flatten(0, 2).median(0).values
+    units = lambda points: (1e4 * (points - middle)).round().clamp(-32767, 32767)
+    corners = torch.tensor([[0, 0], [width, 0], [width, height], [0, height]]).float()
+    frusta = unproject(corners.expand(views, 4, 2), torch.full((views, 4), 0.12),
+                       result.intrinsics, result.extrinsics)
+    frusta = torch.cat([camera_centres(result.extrinsics)[:, None], frusta], 1)         # (V,5,3)
+    content = dict(
+        prompt=result.prompt, fps=FPS, size=[height, width], frames=frames, tracks=count,
+        table=units(torch.zeros(3))[2].item(), points=packed(units(result.tracks), "<i2"),
+        colours=packed(255 * track_colours(result), "u1"),
+        valid=packed(result.valid.float().mean(1) > 0.5, "u1"),
+        parts=packed(moving_parts(result.tracks), "u1"),
+        views=[dict(name=f"{name}, {'given' if given else 'generated'}", video=strip(video),
+                    motion=strip(2 * pseudo - 1), frustum=units(frustum).tolist())
+               for name, given, video, pseudo, frustum in zip(
+                   result.names, result.given, result.video, result.pseudo, frusta)])
+    text = json.dumps(content).replace("<", "\\u003c")        # the prompt must not end the script
+    return (ASSETS / "viewer.html").read_text().replace("__DATA__", text)
 
 
 # ----------------------------------------------------------------------- metrics, each of one scene
@@ -464,13 +521,6 @@ ABLATION = (("one view at a time", "single", "single"), ("multi-view, video only
             ("joint motion (MJD), no DPA", "open", "coarse"), ("DPA, no loop", "open", "aligned"),
             ("closed loop (full)", "closed", "closed"))
 EVAL_BATCH = 4                     # scenes sampled together; their noise depends on it
-
-
-def true_anchors(scenes):
-    """Pixels (B,V,K,2) of the true tracks in frame 0: sampled tracks follow them, slot by slot."""
-    starts = scenes["tracks"][:, :, 0]
-    uv, _ = project(fold(starts), fold(scenes["intrinsics"]), fold(scenes["extrinsics"]))
-    return uv.unflatten(0, starts.shape[:2])
 
 
 def run(models, scenes, settings, given=None, **options):

@@ -709,7 +709,7 @@ def test_zero_rounds_of_the_loop_equal_the_plain_sampler(models, batch, closed):
     assert same((opened.latents, opened.motion), (plain.latents, plain.motion))
     assert not torch.equal(opened.tracks, plain.tracks)               # the DPA has aligned them
     for switch in (dict(cycle=False), dict(seed=1), dict(text_scale=2.0), dict(cycle_every=2),
-                   dict(shift=3.0), dict(eta=0.5)):
+                   dict(shift=1.0), dict(eta=0.5)):
         last = states(models, batch, **switch)[-1]
         assert not torch.equal(last.latents, closed[-1].latents), switch
         assert not torch.equal(last.tracks, closed[-1].tracks), switch
