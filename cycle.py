@@ -13,7 +13,7 @@
 
 The one departure that matters (measured, README): Alg. 1 reads the coarse tracks from *noisy*
 latents; decoded, those are useless (6-23 cm). We read them from the clean estimate z_t - t v^, in
-training (of a pass without gradient) as in sampling (of the step before).
+training (of an earlier pass without gradient) as in sampling (of the step before).
 
 Run `python cycle.py` to watch tracks and picture improve step by step, loop on against off.
 """
@@ -300,7 +300,8 @@ def joint_losses(models, batch, scheduler, use_guidance=True, use_dpa=True, text
     paper gives no weights for the parts: they are 1.
     """
     noisy = diffuse(models, batch, scheduler, text_dropout, generator)            # lines 1, 2
-    guidance = refine(models, noisy, scheduler) if use_guidance and use_dpa else None
+    guidance = (refine(models, noisy, scheduler, generator) if use_guidance and use_dpa
+                else None)
     losses, motion, scale = mjd_losses(models.mjd, noisy, scheduler, guidance)
     if use_dpa:
         losses |= dpa_losses(models, noisy, scheduler, motion, scale, generator)
@@ -313,7 +314,7 @@ def diffuse(models, batch, scheduler, text_dropout=0.1, generator=None):
     cameras = batch["intrinsics"], batch["extrinsics"]
     drop = (torch.rand(count, generator=generator) < text_dropout).tolist()
     given = draw_given(count, views, generator, device)
-    t = scheduler.shifted(torch.rand(count, generator=generator)).to(device)
+    even_t = torch.rand(count, generator=generator)
     with torch.no_grad():
         # Line 1: s and M_pv = ProjNorm(M) come drawn from the data set. z_I needs no pass of its
         # own: the VAE is causal, so it is latent frame 0 of z_V.
@@ -322,25 +323,37 @@ def diffuse(models, batch, scheduler, text_dropout=0.1, generator=None):
         video, motion = batch["latents_video"], batch["latents_motion"]           # (B,V,C,n,h,w)
         size = [side * r for side, r in zip(video.shape[-2:], models.vae.strides[1:])]
         points = models.dpa.normalise(batch["tracks"])                            # (B,V,N,K,3)
-        # Line 2: z_V,t with its clean first frame, z_Mpv,t and M_t.
         noise = [torch.randn(x.shape, generator=generator).to(x) for x in (video, motion, points)]
-        video_t, motion_t, points_t = (scheduler.add_noise(x, e, t)
-                                       for x, e in zip((video, motion, points), noise))
-        video_t = insert_reference(video_t, video[:, :, :, :1], given)
-    return SimpleNamespace(
-        t=t, given=given, cameras=cameras, size=size, scale=batch["scale"],
+    noisy = SimpleNamespace(
+        given=given, cameras=cameras, size=size, scale=batch["scale"], even_t=even_t,
         prompts=["" if d else prompt for d, prompt in zip(drop, batch["prompt"])],
         rays=camera_rays(cameras, size), anchors=true_anchors(batch),
-        video=video, motion=motion, points=points, video_t=video_t, motion_t=motion_t,
-        points_t=points_t, noise_video=noise[0], noise_motion=noise[1], noise_points=noise[2])
+        video=video, motion=motion, points=points, noise_video=noise[0], noise_motion=noise[1],
+        noise_points=noise[2])
+    return at_time(noisy, scheduler, even_t)
+
+
+def at_time(noisy, scheduler, even_t):
+    """Line 2: z_V,t with its clean first frame, z_Mpv,t and M_t at the time that the scheduler
+    makes of evenly spread even_t (B,). The namespace of diffuse() with these in place."""
+    t = scheduler.shifted(even_t).to(noisy.video.device)
+    video_t, motion_t, points_t = (scheduler.add_noise(clean, noise, t) for clean, noise in (
+        (noisy.video, noisy.noise_video), (noisy.motion, noisy.noise_motion),
+        (noisy.points, noisy.noise_points)))
+    video_t = insert_reference(video_t, noisy.video[:, :, :, :1], noisy.given)
+    return SimpleNamespace(**vars(noisy) | dict(t=t, video_t=video_t, motion_t=motion_t,
+                                                points_t=points_t))
 
 
 @torch.no_grad()
-def refine(models, noisy, scheduler):
+def refine(models, noisy, scheduler, generator=None):
     """Alg. 1, line 3, without gradient: M~ = G_DPA(M_t, coarse, t), z~ = E(ProjNorm(M~)).
 
-    The coarse tracks are those of an unguided pass of the MJD: sampling has the step before.
+    In sampling the coarse tracks are those of the step before, so here they are those of an
+    unguided pass of the MJD on the same noise up to a tenth of all steps earlier.
     """
+    earlier = torch.rand(noisy.even_t.shape, generator=generator) / 10
+    noisy = at_time(noisy, scheduler, (noisy.even_t + earlier).clamp(max=1))
     _, velocity, scale = models.mjd(noisy.video_t, noisy.motion_t, noisy.t,
                                     models.mjd.text(noisy.prompts), noisy.rays, noisy.given)
     clean, _ = scheduler.predict(velocity, noisy.motion_t, noisy.t)

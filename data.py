@@ -1024,7 +1024,8 @@ class SyntheticHOI(torch.utils.data.Dataset):
         scenes, prompts = zip(*[self.describe(index, action) for index in indices])
         tables = {key: torch.stack([scene[key] for scene in scenes]).to(device or self.device)
                   for key in scenes[0]}
-        return render(tables, self.size, self.tracks) | {"prompt": list(prompts)}
+        with torch.autocast(tables["lamp"].device.type, enabled=False):     # bf16 tears the shapes
+            return render(tables, self.size, self.tracks) | {"prompt": list(prompts)}
 
 
 # ----------------------------------------------------- TACO: pickles, nothing of which is executed

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-from mjd import attention, rms_norm, timestep_embedding, zero_init
+from mjd import attention, mlp, rms_norm, timestep_embedding, zero_init
 
 VOXEL_BITS = 14    # 2^14 voxels an axis: 327 m of 2 cm voxels; 3 x 14 leave 21 bits for the group
 CURVE_BITS = 20    # the curve runs over cells 32 times finer than voxels, so that ties are rare
@@ -263,7 +263,7 @@ class Block(nn.Module):
         self.conv = VoxelConv(dim)
         self.patches = Attention(dim, heads)
         self.tracks = Attention(dim, heads)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU("tanh"), nn.Linear(4 * dim, dim))
+        self.mlp = mlp(dim, 4 * dim)
         self.modulation = zero_init(nn.Linear(dim, 10 * dim))
 
     def forward(self, x, time, coarse, valid, layout, curve):

@@ -71,6 +71,7 @@ def parse(arguments=None):
     add("--split", choices=("val", "unseen", "both"), default="both", help="scenes of --eval")
     add("--scenes", type=int, default=48, help="scenes of --eval, a split")
     add("--json", type=Path, metavar="FILE", help="where --eval writes its tables")
+    add("--tables", type=Path, metavar="JSON", help="print the README's tables from such a file")
 
     def refuse(message):                      # one sentence instead of argparse's usage
         raise ValueError(message + ": see python sample.py --help")
@@ -79,7 +80,8 @@ def parse(arguments=None):
     settings = parser.parse_args(arguments)
     settings.steps = (10 if settings.eval else 25) if settings.steps is None else settings.steps
     for fine, flag, expected in (
-            (settings.ref or settings.eval or settings.print_cameras, "ref", "an image file"),
+            (settings.ref or settings.eval or settings.print_cameras or settings.tables, "ref",
+             "an image file"),
             (settings.prompt.strip() and settings.prompt.isprintable(), "prompt",
              "words like '<spoon, stir, bowl>'"),
             (settings.steps >= 1, "steps", "1 or more"),
@@ -484,16 +486,21 @@ def cross_view_errors(tracks, truth, visible, extrinsics):
     return torch.cat(found)
 
 
-def video_scores(video, scene, views):
-    """Tab. 1: all metrics of the listed views of a scene's video (V,3,N,H,W)."""
+def picture_scores(video, scene, views):
+    """Tab. 1, against the truth: PSNR and SSIM of the listed views of a video (V,3,N,H,W)."""
     video, truth, pseudo = video[views], scene["video"][views], scene["pseudo"][views]
     moving, foreground = moving_pixels(truth), (pseudo[:, 2:] + 1) / 2 > FOREGROUND_THRESHOLD
-    return {"matching_pixels": matching_pixels(video, scene["intrinsics"][views],
-                                               scene["extrinsics"][views]),
-            "psnr": psnr(video, truth), "psnr_moving": psnr(video, truth, moving),
+    return {"psnr": psnr(video, truth), "psnr_moving": psnr(video, truth, moving),
             "psnr_foreground": psnr(video, truth, foreground),
-            "ssim": ssim(video, truth), "ssim_moving": ssim(video, truth, moving),
-            "patch_consistency": patch_consistency(video), "motion_degree": motion_degree(video)}
+            "ssim": ssim(video, truth), "ssim_moving": ssim(video, truth, moving)}
+
+
+def video_scores(video, scene):
+    """Tab. 1: all metrics of a scene's video (V,3,N,H,W)."""
+    cameras = scene["intrinsics"], scene["extrinsics"]
+    return {"matching_pixels": matching_pixels(video, *cameras),
+            "patch_consistency": patch_consistency(video), "motion_degree": motion_degree(video)
+            } | picture_scores(video, scene, list(range(len(video))))
 
 
 def track_scores(tracks, scene):
@@ -592,17 +599,17 @@ def measure(models, settings, split):
         for i, index in enumerate(indices):
             scene, other = ({k: value[i] for k, value in x.items()} for x in (scenes, moved))
             drawn = scene | {"video": scene["pseudo"]}
-            found["pseudo", ""].append(video_scores(pseudo[i], drawn, views))
+            found["pseudo", ""].append(picture_scores(pseudo[i], drawn, views))
             for name, video in videos.items():
-                found["video", name].append(video_scores(video[i], scene, views))
+                found["video", name].append(video_scores(video[i], scene))
             for name, points in tracks.items():
                 found["tracks", name].append(track_scores(points[i], scene))
             for n, video in given.items():    # with all given: the views that one has to invent
                 hidden = order[n:] or order[1:]
-                found["references", str(n)].append(video_scores(video[i], scene, hidden))
+                found["references", str(n)].append(picture_scores(video[i], scene, hidden))
             for view in order[1:]:
                 name = f"{sides[view % 3]} degrees"
-                found["cameras", name].append(video_scores(new[i], other, [view]))
+                found["cameras", name].append(picture_scores(new[i], other, [view]))
             found["trials", ""] += action_trials(models, settings, dataset, index)
         print(f"{split}: {indices[-1] + 1}/{settings.scenes} scenes", file=sys.stderr, flush=True)
     return found
@@ -666,6 +673,68 @@ def print_tables(split, report):
     print("action accuracy:", json.dumps(report["action_accuracy"]))
 
 
+PAPER = {  # its Tab. 1, 2 and 3, measured on TACO with other networks: direction and ratio count
+    "matching_pixels": "529.4", "rpe": "15.2", "pi": "98.2", "mv_rpe": "32.7", "mv_pi": "39.1",
+    "chamfer": "0.0103", "smoothness": "0.0152", "patch_consistency": "0.9351",
+    "motion_degree": "0.9877"}
+PAPER_ABLATION = (("122.7", "75.3"), ("462.6", ""), ("501.3", "46.3"), ("498.2", "33.5"),
+                  ("529.4", "32.7"))
+QUANTITIES = (  # key of the JSON, what the README calls it, digits
+    ("matching_pixels", "matching pixels between views", 1), ("rpe", "RPE of tracks, %", 2),
+    ("pi", "PI of tracks, %", 1), ("mv_rpe", "RPE across views, %", 2),
+    ("mv_pi", "PI across views, %", 1), ("chamfer", "Chamfer (ours: cm², squared, both ways)", 2),
+    ("smoothness", "smoothness (ours: mean second difference, cm)", 3),
+    ("patch_consistency", "subject consistency (ours: patch consistency)", 3),
+    ("motion_degree", "dynamic degree (ours: motion degree)", 3),
+    ("psnr_moving", "PSNR, moving pixels, dB", 2), ("psnr", "PSNR, whole picture, dB", 2),
+    ("ssim", "SSIM, whole picture", 3), ("hands+tool", "track error, hands and tool, cm", 2),
+    ("target", "track error, target, cm", 2), ("all", "track error, all, cm", 2))
+
+
+def markdown(report):
+    """The tables of the README from the JSON of --eval; +- is half of the 95 % interval."""
+    def cell(row, key, digits):
+        value, wide = row.get(key), row.get(key + "_ci")
+        return "" if value is None else f"{value:.{digits}f} ± {wide or 0:.{digits}f}"
+
+    val, unseen = report["val"], report["unseen"]
+    full, lines = val["ablation"][-1], []
+    lines += ["| quantity | paper, on TACO | ours, `val` | ours, `unseen` | trivial baseline, `val` "
+              "| VAE round trip, `val` |", "|---" * 6 + "|"]
+    lines += [f"| {name} | {PAPER.get(key, '')} | {cell(full, key, n)} | "
+              f"{cell(unseen['ablation'][-1], key, n)} | {cell(val['baseline'], key, n)} | "
+              f"{cell(val['ceiling'], key, n)} |" for key, name, n in QUANTITIES]
+    shown = (("matching_pixels", 1), ("mv_rpe", 2), ("rpe", 2), ("all", 2), ("psnr_moving", 2))
+    lines += ["", "| `val` | paper: matching pixels | paper: RPE across views | matching pixels | "
+              "RPE across views, % | RPE, % | tracks, cm | moving pixels, dB |", "|---" * 8 + "|"]
+    for row, numbers in zip(val["ablation"], PAPER_ABLATION):
+        lines += [f"| {row['name']} | {' | '.join(numbers)} | "
+                  + " | ".join(cell(row, *key) for key in shown) + " |"]
+        if "gain" in row:
+            lines += ["| *paired difference to the row above* | | | "
+                      + " | ".join(cell(row["gain"], *key) for key in shown) + " |"]
+    lines += ["", "| setting | what | `val` | `unseen` |", "|---" * 4 + "|"]
+    rows = [("depth", name, "rpe", "RPE of tracks, %") for name in val["depth"]]
+    rows += [("references", n, "psnr", "PSNR of the views without, dB") for n in ("3", "2", "1")]
+    rows += [("cameras", name, "psnr", "PSNR, one reference, dB") for name in val["cameras"]]
+    titles = {"depth": "depth {}", "references": "{} reference(s)", "cameras": "camera at {}"}
+    lines += [f"| {titles[table].format(name)} | {what} | {cell(val[table][name], key, 2)} | "
+              f"{cell(unseen[table][name], key, 2)} |" for table, name, key, what in rows]
+    lines += [f"| action accuracy | chance {100 * val['action_accuracy']['chance']:.0f} % | "
+              + " | ".join(f"{100 * part['action_accuracy']['accuracy']:.1f} % of "
+                           f"{part['action_accuracy']['trials']}" for part in (val, unseen)) + " |"]
+    return "\n".join(lines)
+
+
+def read_tables(path):
+    """markdown() of a file; ValueError says why not."""
+    try:
+        return markdown(json.loads(path.read_text()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"--tables: expected the JSON of --eval with both splits in {path}, got "
+                         f"{type(error).__name__} ({first_line(error)}): write it anew") from None
+
+
 def evaluate(models, settings):
     """--eval: prints the tables of every split, and keeps them as JSON."""
     name = Path(settings.weights or f"{settings.preset}.pt").name
@@ -686,6 +755,9 @@ def main(arguments=None):
     """Runs the command line; returns the exit code."""
     try:
         settings, start = parse(arguments), time.perf_counter()
+        if settings.tables:
+            print(read_tables(settings.tables))
+            return 0
         models = load(settings)
         if settings.print_cameras:
             size = models.config["size"]

@@ -11,6 +11,7 @@ weights.pt (averaged weights in bf16, for sample.py), log.jsonl, loss.png and va
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -21,17 +22,20 @@ import sys
 import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v3 as iio
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from cycle import (DDIMScheduler, bf16_is_faster, build_models, diffuse, dpa_losses, encode,
+from cycle import (DDIMScheduler, bf16_is_faster, build_models, decode, diffuse, dpa_losses, encode,
                    encode_sample, fold, joint_losses, load_models, mjd_losses, moving_psnr, sample,
                    true_anchors)
 from data import FOREGROUND_THRESHOLD, TACO, SyntheticHOI, film_strip
-from mjd import PRESETS, count_parameters
+from mjd import (PRESETS, REGISTER_TOKENS, SCALE_TOKENS, Block, Layout, VideoVAE,
+                 count_parameters)
 
 STAGES = ("vae", "base", "dpa", "joint")
 SHIPPED = Path(__file__).parent / "weights"
@@ -93,6 +97,8 @@ class Settings:
     save_every: int = option(200, "steps between checkpoints")
     sample_every: int = option(500, "steps between validation samples, 0 = never")
     seed: int = option(0, "of weights, data and noise")
+    benchmark: bool = option(False, "measure the speed of everything on this machine, and stop")
+    json: str = option("", "where --benchmark writes its numbers")
 
 
 def parse(arguments=None):
@@ -554,6 +560,134 @@ class Trainer:
               f"weights in {self.out}/weights.pt", flush=True)
 
 
+# ------------------------------------------------------------------------------------- benchmark
+
+def block_flops(views, frames, places, dim, hidden, text):
+    """FLOPs of one MJD block's forward pass on one sample (multiply and add count as two).
+
+    views V, frames n, places h w of tokens, dim D, hidden of the MLP, text L. Only products of
+    matrices count, as in torch.utils.flop_counter, against which a test holds this formula.
+    """
+    visual = 2 * frames * places                              # tokens of a view, both modalities
+    tokens = visual + SCALE_TOKENS + REGISTER_TOKENS
+    linear = 8 * dim ** 2 * views * (visual + tokens)         # q, k, v, out of both attentions
+    between = 4 * dim * 2 * frames * (views * places) ** 2
+    within = 4 * dim * views * tokens ** 2
+    cross = 4 * dim ** 2 * (views * tokens + text) + 4 * dim * views * tokens * text
+    return linear + between + within + cross + 4 * dim * hidden * views * tokens
+
+
+def seconds_of(function, device, least=0.5):
+    """Best time of one call in seconds, after a warm-up call, over at least `least` seconds."""
+    times, started = [], time.perf_counter()
+    while len(times) < 4 or time.perf_counter() - started < least:
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def time_block(device, preset, views=3, shape=None, backward=True, fused=True, full=False):
+    """Seconds of one block of a preset's MJD in bf16, and FLOPs, on latents `shape` (n, h, w).
+    full: one attention over all views and frames in place of the two, the comparison."""
+    size, vae, recipe = PRESETS[preset]["mjd"], PRESETS[preset]["vae"], RECIPES[preset]
+    if shape is None:
+        shape = VideoVAE.latent_size(SimpleNamespace(strides=vae["strides"]), recipe["frames"],
+                                     *recipe["size"])
+    (frames, *sides), dim = shape, size["dim"]
+    layout = Layout(frames, *(side // 2 for side in sides), dim // size["heads"], device)
+    with torch.device(device):
+        block = Block(dim, size["heads"], size["mlp"])
+        x = torch.randn(1, views, len(layout.within[0]), dim, dtype=torch.bfloat16)
+        rows = torch.randn(1, views, frames + 1, 6, dim)
+        text = torch.randn(1, size["text_tokens"], dim)
+        mask = torch.ones(1, size["text_tokens"], dtype=torch.bool)
+
+    def step():
+        with torch.autocast(device.type, torch.bfloat16), torch.set_grad_enabled(backward):
+            if full:                                          # (1, 1, V T, D): one view of all
+                rotary = [table.repeat(views, 1) for table in layout.within]
+                out = block.intra_view(x.flatten(1, 2), rotary, fused)
+            else:
+                out = block(x, rows, layout, text, mask, fused)
+        if backward:
+            out.sum().backward()
+    places = layout.places
+    flops = block_flops(views, frames, places, dim, size["mlp"], size["text_tokens"])
+    if full:
+        tokens = views * x.shape[2]
+        flops = 8 * dim ** 2 * tokens + 4 * dim * tokens ** 2
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = seconds_of(step, device)
+    memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else math.nan
+    return seconds, flops * (3 if backward else 1), memory
+
+
+def time_models(device, preset="small"):
+    """{part: seconds} of everything around the blocks: VAE, DPA, world, a whole sampling step."""
+    recipe, config = RECIPES[preset], make_config(preset, RECIPES[preset])
+    models, dataset = build_models(config).to(device), SyntheticHOI("val", device=device)
+    batch = dataset.batch([0])
+    cameras, anchors = (batch["intrinsics"], batch["extrinsics"]), true_anchors(batch)
+    given = torch.ones(1, recipe["views"], dtype=torch.bool, device=device)
+
+    def sampling(**switches):
+        return lambda: list(sample(models, batch["video"][:, :, :, 0], given, batch["prompt"],
+                                   cameras, recipe["frames"], 4, num_tracks=recipe["tracks"],
+                                   anchors=anchors, **switches))
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+        latents = encode(models.vae, batch["video"], "video")
+        found = {"world, one scene": lambda: dataset.batch([1]),
+                 "VAE encode, 3 videos": lambda: encode(models.vae, batch["video"], "video"),
+                 "VAE decode, 3 videos": lambda: decode(models.vae, latents, "video"),
+                 "sampling step, no loop": sampling(use_dpa=False),
+                 "sampling step, full loop": sampling()}
+        return {name: seconds_of(function, device) / (4 if "step" in name else 1)
+                for name, function in found.items()}
+
+
+def benchmark(device, path=None):
+    """--benchmark: what limits the speed on this machine, as a table and as JSON."""
+    side = 8192 if device.type == "cuda" else 2048
+    matrix = torch.randn(side, side, device=device, dtype=torch.bfloat16)
+    limit = 2 * side ** 3 / seconds_of(lambda: matrix @ matrix, device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
+    report = {"device": f"{device} {name}", "threads": torch.get_num_threads(), "torch":
+              torch.__version__, "matrix_tflops": limit / 1e12, "blocks": [], "scaling": []}
+    print(f"{report['device']}: {limit / 1e12:.2f} TFLOP/s in bf16 products of {side}^2 matrices")
+    presets = ("small", "taco", "paper") if device.type == "cuda" else ("small", "taco")
+    for preset, backward, fused in itertools.product(presets, (False, True), (False, True)):
+        seconds, flops, memory = time_block(device, preset, backward=backward, fused=fused)
+        report["blocks"].append(dict(preset=preset, backward=backward, fused=fused, gib=memory,
+                                     seconds=seconds, share=flops / seconds / limit))
+        print(f"{preset:6} block {'forward+backward' if backward else 'forward':17}"
+              f"{'fused' if fused else 'manual':7} {1e3 * seconds:9.2f} ms "
+              f"{flops / seconds / 1e12:8.3f} TFLOP/s {flops / seconds / limit:6.1%}")
+    base = (4, 8, 12)
+    scaled = {"views": [(v, base) for v in (1, 2, 3, 6)],
+              "frames": [(3, (n, 8, 12)) for n in (2, 4, 8, 16)],
+              "pixels": [(3, (4, 8 * r, 12 * r)) for r in (1, 2, 3)]}
+    for axis, full in itertools.product(scaled, (False, True)):
+        sizes = [views * math.prod(shape) for views, shape in scaled[axis]]
+        rows = [time_block(device, "small", views, shape, full=full, fused=True)
+                for views, shape in scaled[axis]]
+        measured, counted = (np.polyfit(np.log(sizes), np.log(column), 1)[0]
+                             for column in list(zip(*rows))[:2])
+        report["scaling"].append(dict(axis=axis, full=full, tokens=sizes, exponent=measured,
+                                      flops_exponent=counted, seconds=[row[0] for row in rows]))
+        print(f"{axis:6} {'full attention' if full else 'block':14} "
+              f"{', '.join(f'{1e3 * row[0]:.1f}' for row in rows)} ms, exponent {measured:.2f}, "
+              f"of FLOPs {counted:.2f}")
+    report["parts"] = time_models(device)
+    for part, seconds in report["parts"].items():
+        print(f"{part:26} {1e3 * seconds:9.1f} ms")
+    if path:
+        Path(path).write_text(json.dumps(report, indent=1))
+
+
 # ----------------------------------------------------------------------------------- small parts
 
 def make_recipe(settings):
@@ -620,6 +754,10 @@ def main(arguments=None):
     """Runs the stages; returns the exit code."""
     try:
         settings = parse(arguments)
+        if settings.benchmark:
+            cuda = torch.cuda.is_available() and settings.device != "cpu"
+            benchmark(torch.device("cuda" if cuda else "cpu"), settings.json)
+            return 0
         trainer = Trainer(settings)
 
         def stop(*_):
