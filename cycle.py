@@ -21,6 +21,7 @@ Run `python cycle.py` to watch tracks and picture improve step by step, loop on 
 import math
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,11 +45,11 @@ class DDIMScheduler:
     a step *is* the paper's Euler step (Sec. 3.1, Eq. 2). path="cosine": classic DDIM.
     All t are (B,) or scalars; noisy, clean, noise, velocity (B,...). shift > 1 moves the times of
     training and sampling alike towards noise, `t' = shift t / (1 + (shift - 1) t)`, as Wan2.2
-    does when it samples: 3 at low resolution. There the motion is decided; near 0 little is left
-    to do. (The paper: t ~ U(0,1), which is shift = 1.)
+    does when it samples. Given a first frame and a prompt little is left to chance here, so nearly
+    everything is decided near noise. (The paper: t ~ U(0,1), which is shift = 1.)
     """
 
-    def __init__(self, path="flow", shift=3.0):
+    def __init__(self, path="flow", shift=8.0):
         if path not in ("flow", "cosine"):
             raise ValueError(f'expected path "flow" or "cosine", got {path!r}')
         self.path, self.shift = path, shift
@@ -281,40 +282,49 @@ def align(dpa, noisy, coarse, t, cameras, size):
 
 # --------------------------------------------------------------------------- training (Alg. 1)
 
-def draw_given(batch, views, generator=None, device="cpu"):
+def draw(function, generators, *shape):
+    """One draw a sample, stacked, (B,*shape): function(shape, generator=...) like torch.randn.
+
+    Every sample has a CPU generator of its own (or None), so what it is given depends neither on
+    its batch mates nor on the process that it is trained in.
+    """
+    return torch.stack([function(shape, generator=generator) for generator in generators])
+
+
+def draw_given(views, generators):
     """Which references are shown, (B,V) bool: of each sample 1..V views, all of them half of the
     time. So one image is enough at sampling; with V = 1 it is always shown."""
-    order = torch.rand(batch, views, generator=generator).argsort(1).argsort(1)
-    count = torch.randint(1, 2 * views, (batch, 1), generator=generator).clamp(max=views)
-    return (order < count).to(device)
+    order = draw(torch.rand, generators, views).argsort(1).argsort(1)
+    count = draw(partial(torch.randint, 1, 2 * views), generators, 1).clamp(max=views)
+    return order < count
 
 
 def joint_losses(models, batch, scheduler, use_guidance=True, use_dpa=True, text_dropout=0.1,
-                 generator=None):
+                 generators=None):
     """Alg. 1, one training step: a dict of loss parts whose sum is L = L_MJD + L_DPA (line 7).
 
     batch: a collated sample dict of data.py, on the models' device, with `video` and
     `pseudo`, or what encode_sample() makes of them. use_guidance=False leaves out
     line 3, use_dpa=False lines 3, 5 and 6: so train.py warms the MJD up, and so it drops the
-    guidance at random, that the loop can be switched off. generator: a CPU torch.Generator. The
+    guidance at random, that the loop can be switched off. generators: see draw(), one a sample. The
     paper gives no weights for the parts: they are 1.
     """
-    noisy = diffuse(models, batch, scheduler, text_dropout, generator)            # lines 1, 2
-    guidance = (refine(models, noisy, scheduler, generator) if use_guidance and use_dpa
-                else None)
+    noisy = diffuse(models, batch, scheduler, text_dropout, generators)           # lines 1, 2
+    guidance = refine(models, noisy, scheduler) if use_guidance and use_dpa else None
     losses, motion, scale = mjd_losses(models.mjd, noisy, scheduler, guidance)
     if use_dpa:
-        losses |= dpa_losses(models, noisy, scheduler, motion, scale, generator)
+        losses |= dpa_losses(models, noisy, scheduler, motion, scale)
     return losses
 
 
-def diffuse(models, batch, scheduler, text_dropout=0.1, generator=None):
+def diffuse(models, batch, scheduler, text_dropout=0.1, generators=None):
     """Alg. 1, lines 1 and 2: encode everything and add noise of one common t. A namespace."""
     (count, views), device = batch["tracks"].shape[:2], models.device
     cameras = batch["intrinsics"], batch["extrinsics"]
-    drop = (torch.rand(count, generator=generator) < text_dropout).tolist()
-    given = draw_given(count, views, generator, device)
-    even_t = torch.rand(count, generator=generator)
+    generators = generators or [None] * count
+    drop = (draw(torch.rand, generators) < text_dropout).tolist()
+    given = draw_given(views, generators).to(device)
+    even_t = draw(torch.rand, generators)
     with torch.no_grad():
         # Line 1: s and M_pv = ProjNorm(M) come drawn from the data set. z_I needs no pass of its
         # own: the VAE is causal, so it is latent frame 0 of z_V.
@@ -323,9 +333,10 @@ def diffuse(models, batch, scheduler, text_dropout=0.1, generator=None):
         video, motion = batch["latents_video"], batch["latents_motion"]           # (B,V,C,n,h,w)
         size = [side * r for side, r in zip(video.shape[-2:], models.vae.strides[1:])]
         points = models.dpa.normalise(batch["tracks"])                            # (B,V,N,K,3)
-        noise = [torch.randn(x.shape, generator=generator).to(x) for x in (video, motion, points)]
+        noise = [draw(torch.randn, generators, *x.shape[1:]).to(x) for x in (video, motion, points)]
     noisy = SimpleNamespace(
         given=given, cameras=cameras, size=size, scale=batch["scale"], even_t=even_t,
+        generators=generators,
         prompts=["" if d else prompt for d, prompt in zip(drop, batch["prompt"])],
         rays=camera_rays(cameras, size), anchors=true_anchors(batch),
         video=video, motion=motion, points=points, noise_video=noise[0], noise_motion=noise[1],
@@ -346,16 +357,16 @@ def at_time(noisy, scheduler, even_t):
 
 
 @torch.no_grad()
-def refine(models, noisy, scheduler, generator=None):
+def refine(models, noisy, scheduler):
     """Alg. 1, line 3, without gradient: M~ = G_DPA(M_t, coarse, t), z~ = E(ProjNorm(M~)).
 
     In sampling the coarse tracks are those of the step before, so here they are those of an
     unguided pass of the MJD on the same noise up to a tenth of all steps earlier.
     """
-    earlier = torch.rand(noisy.even_t.shape, generator=generator) / 10
+    earlier = draw(torch.rand, noisy.generators) / 10
     noisy = at_time(noisy, scheduler, (noisy.even_t + earlier).clamp(max=1))
     _, velocity, scale = models.mjd(noisy.video_t, noisy.motion_t, noisy.t,
-                                    models.mjd.text(noisy.prompts), noisy.rays, noisy.given)
+                                    models.mjd.encode_text(noisy.prompts), noisy.rays, noisy.given)
     clean, _ = scheduler.predict(velocity, noisy.motion_t, noisy.t)
     coarse = read_tracks(models.vae, clean, scale, noisy.cameras, noisy.points.shape[3],
                          noisy.anchors)
@@ -367,12 +378,13 @@ def refine(models, noisy, scheduler, generator=None):
 def mjd_losses(mjd, noisy, scheduler, guidance=None):
     """Alg. 1, line 4: L_MJD (Eq. 3) in parts, the clean motion estimate and s^ for line 5."""
     velocity_video, velocity_motion, scale = mjd(          # see mjd.py for how guidance is "added"
-        noisy.video_t, noisy.motion_t, noisy.t, mjd.text(noisy.prompts), noisy.rays, noisy.given,
-        guidance)
+        noisy.video_t, noisy.motion_t, noisy.t, mjd.encode_text(noisy.prompts), noisy.rays,
+        noisy.given, guidance)
     error = velocity_video - scheduler.velocity(noisy.video, noisy.noise_video, noisy.t)
     free = torch.ones_like(error)
     free = insert_reference(free, torch.zeros_like(free[:, :, :, :1]), noisy.given)
-    losses = {"video": (free * error.square()).sum() / free.sum(),  # a given frame is not predicted
+    per_sample = (free * error.square()).flatten(1).sum(1) / free.flatten(1).sum(1)
+    losses = {"video": per_sample.mean(),                        # a given frame is not predicted
               "motion": F.mse_loss(velocity_motion, scheduler.velocity(
                   noisy.motion, noisy.noise_motion, noisy.t)),
               "scale": F.mse_loss(scale / mjd.scale_unit, noisy.scale / mjd.scale_unit)}
@@ -380,7 +392,7 @@ def mjd_losses(mjd, noisy, scheduler, guidance=None):
     return losses, clean, scale.detach()
 
 
-def dpa_losses(models, noisy, scheduler, motion, scale, generator=None, chamfer_points=256):
+def dpa_losses(models, noisy, scheduler, motion, scale, chamfer_points=256):
     """Alg. 1, lines 5 and 6: L_DPA = MSE(v, v_M) + Chamfer(M^, M) (Eq. 4), normalised units.
 
     Line 5 steps the motion latents; here straight to t = 0, their clean estimate `motion`. The
@@ -391,11 +403,15 @@ def dpa_losses(models, noisy, scheduler, motion, scale, generator=None, chamfer_
                              noisy.anchors)
     velocity = align(models.dpa, noisy.points_t, coarse, noisy.t, noisy.cameras, noisy.size)
     clean, _ = scheduler.predict(velocity, noisy.points_t, noisy.t)
-    sets = [rearrange(x, "b v n k c -> (b n) (v k) c") for x in (clean, noisy.points)]
-    some = torch.randperm(sets[0].shape[1], generator=generator)[:chamfer_points].to(clean.device)
+    slots = clean.shape[1] * clean.shape[3]
+    some = draw(lambda shape, generator: torch.randperm(*shape, generator=generator),
+                noisy.generators, slots)[:, :chamfer_points].to(clean.device)          # (B, P)
+    some = repeat(some, "b p -> b n p c", n=clean.shape[2], c=3)
+    sets = [rearrange(x, "b v n k c -> b n (v k) c").gather(2, some).flatten(0, 1)
+            for x in (clean, noisy.points)]
     wanted = scheduler.velocity(noisy.points, noisy.noise_points, noisy.t)
     return {"points": F.mse_loss(velocity, wanted),
-            "chamfer": chamfer_distance(sets[0][:, some], sets[1][:, some])}
+            "chamfer": chamfer_distance(*sets)}
 
 
 # ------------------------------------------------------------------------- sampling (Sec. 3.5)
@@ -424,7 +440,7 @@ class SampleState:
 
 @torch.no_grad()
 def sample(models, reference, given, prompts, cameras, frames, steps=25, text_scale=1.0,
-           num_tracks=256, anchors=None, cycle=True, use_dpa=True, cycle_every=1, shift=3.0,
+           num_tracks=256, anchors=None, cycle=True, use_dpa=True, cycle_every=1, shift=8.0,
            eta=0.0, seed=0):
     """The closed loop of Sec. 3.5: a generator of one SampleState a step, the last is the result.
 
@@ -481,7 +497,7 @@ class MotionPredictor:
     def __init__(self, mjd, prompts, rays, given, text_scale):
         self.mjd, self.text_scale = mjd, text_scale
         self.copies = 1 if text_scale == 1 else 2
-        self.text = mjd.text(list(prompts) + [""] * len(prompts) * (self.copies - 1))
+        self.text = mjd.encode_text(list(prompts) + [""] * len(prompts) * (self.copies - 1))
         self.rays, self.given = self.copy(rays), self.copy(given)
 
     def copy(self, tensor):

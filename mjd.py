@@ -446,7 +446,7 @@ class MJD(nn.Module):
         """One joint estimate: (v_video, v_motion) (B,V,C,n,h,w) and scale (B,V,2) in metres.
 
         video (B,V,C,n,h,w): z_V,t, with the clean z_I in latent frame 0 where given; motion:
-        z_Mpv,t; t (B,) flow time; text: tokens (B,L,D) and mask (B,L) of self.text; rays
+        z_Mpv,t; t (B,) flow time; text: tokens (B,L,D) and mask (B,L) of encode_text(); rays
         (B,V,6,H,W), Pluecker, any resolution; given (B,V) bool: views whose reference is shown,
         their first video tokens carry t = 0; guidance (B,V,C,n,h,w): z~ of Alg. 1 line 3, or None.
         """
@@ -474,6 +474,10 @@ class MJD(nn.Module):
         scale = self.head_scale(x[:, :, :SCALE_TOKENS])[..., 0].float()       # (B, V, 2)
         return (self.velocity(video, clean[0], t), self.velocity(motion, clean[1], t),
                 self.centre + self.scale_unit * scale)
+
+    def encode_text(self, prompts):
+        """B strings -> the tokens (B,L,D) and mask (B,L) that forward() takes as `text`."""
+        return self.text(prompts)
 
     def velocity(self, noisy, estimate, t):
         """E[z_1 - z_0 | z_t] if z_0 ~ N(estimate, prior_std^2), (B,V,C,n,h,w), as in the DPA: near

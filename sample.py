@@ -699,8 +699,8 @@ def markdown(report):
 
     val, unseen = report["val"], report["unseen"]
     full, lines = val["ablation"][-1], []
-    lines += ["| quantity | paper, on TACO | ours, `val` | ours, `unseen` | trivial baseline, `val` "
-              "| VAE round trip, `val` |", "|---" * 6 + "|"]
+    lines += ["| quantity | paper, on TACO | ours, `val` | ours, `unseen` | trivial baseline, `val` |"
+              " VAE round trip, `val` |", "|---" * 6 + "|"]
     lines += [f"| {name} | {PAPER.get(key, '')} | {cell(full, key, n)} | "
               f"{cell(unseen['ablation'][-1], key, n)} | {cell(val['baseline'], key, n)} | "
               f"{cell(val['ceiling'], key, n)} |" for key, name, n in QUANTITIES]

@@ -4,6 +4,8 @@ A test states what the paper or a docstring promises. Networks have the `tiny` p
 """
 
 import ast
+import base64
+import contextlib
 import copy
 import functools
 import itertools
@@ -12,9 +14,11 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
-import types
+import subprocess
 import sys
+import types
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -25,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import default_collate
+from torch.utils.flop_counter import FlopCounterMode
 
 import cycle
 import data
@@ -36,7 +41,7 @@ import train
 HERE = Path(__file__).parent
 SCRIPTS = [HERE / f"{name}.py" for name in "data mjd dpa cycle train sample".split()]
 TINY = dict(size=(32, 48), frames=5, views=2, tracks=32)
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 def awake_models():
@@ -482,6 +487,33 @@ def test_cache_is_whole_or_absent(tree, tmp_path, monkeypatch):
         data.TACO(*tree, cache=tmp_path, seed=1, **SETTINGS)[0]
 
 
+def test_two_writers_of_one_cache_file_leave_it_whole(tree, tmp_path, monkeypatch):
+    first, second = (data.TACO(*tree, cache=tmp_path, **SETTINGS) for _ in range(2))
+    save, made = torch.save, []
+
+    def overtaken(content, path):                  # in the middle of a write the other one writes
+        Path(path).write_bytes(b"half a file")
+        monkeypatch.setattr(torch, "save", save)
+        made.append(second[0])
+        save(content, path)
+    monkeypatch.setattr(torch, "save", overtaken)
+    mine = first[0]
+    assert len(made) == 1 and same(mine["tracks"], made[0]["tracks"])
+    files = list(tmp_path.iterdir())
+    assert len(files) == 1 and same(torch.load(files[0])["tracks"], mine["tracks"])
+
+
+def test_videos_without_markers_come_first(tree):
+    root, folders = tree[0], [tree[0] / folder / TREE[2] for folder in data.VIDEOS]
+    folders[0].mkdir(parents=True)
+    os.link(folders[1] / "22070004.mp4", folders[0] / "22070004.mp4")
+    dataset = data.TACO(*tree, **SETTINGS)
+    cameras = dataset.sequences[number_of(dataset, TREE[2])]["cameras"]
+    files = [camera["video"] for camera in cameras]
+    assert len(files) == 11
+    assert [path.name for path in files if data.VIDEOS[0] in str(path)] == ["22070004.mp4"]
+
+
 def test_splits(tree, tmp_path):
     def names(split, **settings):
         dataset = data.TACO(*tree, **{**SETTINGS, "split": split}, **settings)
@@ -584,6 +616,22 @@ def test_every_condition_changes_the_estimate(models):
     assert close(net.text(["stir"])[0][0, :5], together[0, :5])          # whatever stands beside it
 
 
+def test_flops_formula_equals_a_counter(models, run, tmp_path, monkeypatch):
+    block, layout = models.mjd.blocks[0], mjd.Layout(4, 4, 6, 32)
+    arguments = (torch.randn(1, 3, len(layout.within[0]), 64), torch.randn(1, 3, 5, 6, 64), layout,
+                 torch.randn(1, 16, 64), torch.ones(1, 16, dtype=torch.bool), False)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        block(*arguments)
+    assert counter.get_total_flops() == train.block_flops(3, 4, 4 * 6, 64, 128, 16)
+    monkeypatch.setattr(train, "seconds_of", lambda function, device: (function(), 1.0)[1])
+    monkeypatch.setitem(train.BENCHMARKED, "cpu", ("tiny",))
+    assert run(tmp_path, f"--benchmark --json {tmp_path}/speed.json") == 0
+    report = json.loads((tmp_path / "speed.json").read_text())
+    assert [row["backward"] for row in report["blocks"]] == [False, False, True, True]
+    views, full, *_ = report["scaling"]           # in this small a block the projections rule
+    assert 1 < views["flops_exponent"] < full["flops_exponent"] < 2 and len(report["parts"]) == 5
+
+
 def test_paper_preset_has_the_papers_size():
     with torch.device("meta"):
         net = mjd.MJD(mjd.PRESETS["paper"]["vae"]["channels"], **mjd.PRESETS["paper"]["mjd"])
@@ -599,7 +647,7 @@ def test_each_network_overfits_one_scene(batch, stage):
     optimiser = torch.optim.Adam(network.parameters(), 3e-3)
     for _ in range(60 if stage == "vae" else 30):
         losses.append(sum(train.stage_losses(stage, models, batch, scheduler, train.Settings(),
-                                             seeded()).values()))
+                                             [seeded(), seeded(1)], torch.zeros(2)).values()))
         optimiser.zero_grad()
         losses[-1].backward()
         optimiser.step()
@@ -719,7 +767,8 @@ def test_joint_losses_follow_algorithm_1_and_gradients_reach_every_parameter(bat
     models, scheduler = awake_models(), cycle.DDIMScheduler()
 
     def losses(**switches):
-        return cycle.joint_losses(models, batch, scheduler, generator=seeded(), **switches)
+        return cycle.joint_losses(models, batch, scheduler, generators=[seeded(), seeded(1)],
+                                  **switches)
     guided, opened = losses(), losses(use_guidance=False)
     assert set(guided) == {"video", "motion", "scale", "points", "chamfer"}
     assert same(guided, losses()) and guided["motion"] != opened["motion"]
@@ -729,6 +778,18 @@ def test_joint_losses_follow_algorithm_1_and_gradients_reach_every_parameter(bat
                                            models.dpa.named_parameters()):
         assert parameter.grad is not None and parameter.grad.any(), name
     assert all(p.grad is None for p in models.vae.parameters())                         # frozen
+
+
+def test_latents_kept_in_memory_train_as_the_videos_do(models, batch):
+    kept = train.EncodedScenes([{key: value[i] for key, value in batch.items()} for i in range(2)],
+                               models.vae, contextlib.nullcontext())
+    again = default_collate([kept[0], kept[1]])
+    assert "video" not in again and kept[0] is kept[0] and len(kept) == 2
+    for switches in ({}, dict(use_dpa=False)):
+        losses = [cycle.joint_losses(models, samples, cycle.DDIMScheduler(), **switches,
+                                     generators=[seeded(), seeded(1)])
+                  for samples in (batch, again)]
+        assert all(close(losses[0][key], losses[1][key], 1e-3) for key in losses[0])
 
 
 # ---------------------------------------------------------------- train.py
@@ -745,6 +806,7 @@ def run(tmp_path_factory):
             return train.main([*fixed, "--out", str(out), *flags.split()])
         finally:
             signal.signal(signal.SIGINT, handler)
+    run.fixed = fixed
     return run
 
 
@@ -786,6 +848,25 @@ def test_ctrl_c_and_resume_equal_an_uninterrupted_run(run, tmp_path, monkeypatch
     assert same(*states)
 
 
+def test_two_processes_equal_one_and_share_its_checkpoints(run, tmp_path):
+    def log(name):
+        lines = map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines())
+        return [[line[key] for key in ("video", "motion", "gradient")] for line in lines]
+    flags = "--stage joint --guidance-dropout 0 --log-every 1 --resume --steps 4"
+    assert run(tmp_path / "one", "--stage joint --steps 1 --batch 2") == 0
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert run(tmp_path / "one", f"{flags} --batch 2") == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+               HERE / "train.py", "--out", tmp_path / "two", *run.fixed, *flags.split()]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    one, two = log("one"), log("two")
+    assert len(one) == len(two) == 4 and one[1] == pytest.approx(two[1], rel=1e-5)
+    assert one[3] == pytest.approx(two[3], rel=1e-3)                 # three steps of rounding on
+    assert run(tmp_path / "two", f"{flags} --steps 5 --batch 2") == 0           # and back to one
+
+
 def one_line(capsys):
     """The error a program has printed, which must be a single sentence of its own."""
     error = capsys.readouterr().err
@@ -818,6 +899,16 @@ def test_a_checkpoint_is_old_or_new_and_never_half(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="No space left"):
         train.write_atomically(path, {"step": 2})
     assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_larger_picture_goes_on_with_the_same_weights(run, tmp_path, capsys):
+    assert run(tmp_path, "--stage joint --steps 2 --size 32x32") == 0
+    before = torch.load(tmp_path / "checkpoint.pt")
+    assert run(tmp_path, "--stage joint --steps 3 --size 32x48 --resume --rate 1e-9") == 0
+    after = torch.load(tmp_path / "checkpoint.pt")
+    assert (before["config"]["size"], after["config"]["size"]) == ([32, 32], [32, 48])
+    assert after["step"] == 3 and all(close(value, before["average"]["mjd"][key], 1e-2)
+                                      for key, value in after["mjd"].items())
 
 
 @pytest.fixture(scope="session")
@@ -887,12 +978,35 @@ def test_sample_writes_its_files_and_the_same_ones_again(shoot):
     assert iio.imread(out / "video_view1.mp4").shape[0] == 5
 
 
+def test_viewer_shows_the_saved_tracks(shoot):
+    hostile = "</script><b>"
+    _, out, _ = shoot(f"--prompt {hostile}", write=sample.write_results)
+    saved, page = np.load(out / "tracks.npz"), (out / "viewer.html").read_text()
+    assert page.count("</script>") == 2 and "http" not in page.replace("http-equiv", "")
+    content = json.loads(re.search(r'type="application/json">(.*?)</script>', page, re.S)[1])
+    assert content["prompt"] == hostile and len(content["views"]) == 2
+
+    def unpacked(key, dtype, *shape):
+        return np.frombuffer(base64.b64decode(content[key]), dtype).reshape(shape)
+    points, tracks = unpacked("points", "<i2", 2, 5, 32, 3), 1e4 * saved["tracks"]
+    assert np.abs(np.diff(points, axis=1) - np.diff(tracks, axis=1)).max() <= 1       # 0.1 mm
+    assert (unpacked("valid", "u1", 2, 32) == (saved["valid"].mean(1) > 0.5)).all()
+    strip = iio.imread(base64.b64decode(content["views"][1]["video"].split(",")[1]))
+    assert strip.shape == (32, 5 * 48, 3) and unpacked("colours", "u1", 2, 32, 3).std() > 0
+    still = torch.zeros(1, 3, 8, 3)
+    still[:, 1:, 4:] += torch.tensor([0.1, 0, 0])               # half of the tracks jump together
+    assert sample.moving_parts(still)[0].bincount().tolist()[0] == 4
+
+
 def test_eval_writes_its_tables(trained, tmp_path):
     assert sample.main(f"--eval --weights {trained}/weights.pt --scenes 1 --split unseen --steps 1 "
                        f"--json {tmp_path}/eval.json".split()) == 0
     table = json.loads((tmp_path / "eval.json").read_text())["unseen"]
     truth = table["ceiling"]["truth"]
     assert len(table["ablation"]) == 5 and truth["rpe"] == truth["mv_rpe"] == 0 == 100 - truth["pi"]
+    report = json.loads((HERE / "assets" / "eval.json").read_text())
+    assert sample.markdown(report) in (HERE / "README.md").read_text()
+    assert {"val", "unseen", "weights"} <= set(report) and report["val"]["scenes"] >= 48
 
 
 def test_every_flag_of_sample_does_something(shoot, trained, tmp_path, capsys):

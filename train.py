@@ -4,6 +4,7 @@
     python train.py --stage joint                 # Alg. 1, from the shipped weights
     python train.py --stage joint --preset taco --data taco --data-root DIR --mano-dir DIR
     python train.py --stage all --resume          # go on where a stopped run was
+    torchrun --nproc_per_node=8 train.py --stage joint --preset taco ...       # sharded (FSDP2)
 
 Stages: vae (frozen afterwards), base (single-view MJD, no loop), dpa (DPA on the MJD's estimates),
 joint (Alg. 1: everything, all views, closed loop). A run folder holds checkpoint.pt (to resume),
@@ -11,6 +12,8 @@ weights.pt (averaged weights in bf16, for sample.py), log.jsonl, loss.png and va
 """
 
 import argparse
+import functools
+import hashlib
 import itertools
 import json
 import math
@@ -27,10 +30,14 @@ from types import SimpleNamespace
 import imageio.v3 as iio
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from cycle import (DDIMScheduler, bf16_is_faster, build_models, decode, diffuse, dpa_losses, encode,
+from cycle import (DDIMScheduler, bf16_is_faster, build_models, decode, diffuse, dpa_losses, draw,
+                   encode,
                    encode_sample, fold, joint_losses, load_models, mjd_losses, moving_psnr, sample,
                    true_anchors)
 from data import FOREGROUND_THRESHOLD, TACO, SyntheticHOI, film_strip
@@ -141,17 +148,23 @@ def parse(arguments=None):
 # ----------------------------------------------------------------------------------------- data
 
 class StepSampler(Sampler):
-    """Scene indices from sample `start` on, in an order that depends on the seed alone, so that a
-    resumed run sees what an uninterrupted one would have seen."""
+    """Scene indices from step `start` on, in an order that depends on the seed alone: a resumed run
+    sees what an uninterrupted one would have seen, and the processes of a group (rank, world) see
+    together what one would have seen. count: scenes a step and process."""
 
-    def __init__(self, scenes, seed, start):
-        self.scenes, self.seed, self.start = scenes, seed, start
+    def __init__(self, scenes, seed, start, count, group=(0, 1)):
+        self.scenes, self.seed, self.count, self.group = scenes, seed, count, group
+        self.start = start * count * group[1]
 
     def __iter__(self):
-        epoch, first = divmod(self.start, self.scenes)
+        (epoch, first), (rank, world) = divmod(self.start, self.scenes), self.group
+        place = 0
         while True:
             generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
-            yield from torch.randperm(self.scenes, generator=generator)[first:].tolist()
+            for index in torch.randperm(self.scenes, generator=generator)[first:].tolist():
+                if place // self.count % world == rank:
+                    yield index
+                place += 1
             epoch, first = epoch + 1, 0
 
 
@@ -188,9 +201,9 @@ class EncodedScenes(Dataset):
         return self.kept[index]
 
 
-def batches(settings, dataset, count, start, device):
-    """An endless stream of collated samples on the device, from sample number `start` on."""
-    order = StepSampler(len(dataset), settings.seed, start)
+def batches(settings, dataset, order, device):
+    """An endless stream of collated samples on the device, in the order of a StepSampler."""
+    count = order.count
     if isinstance(dataset, EncodedScenes):
         indices = iter(order)
         while True:
@@ -220,14 +233,16 @@ def views_to_batch(batch):
 
 # --------------------------------------------------------------------------------------- losses
 
-def vae_losses(vae, batch, generator, foreground_weight=4.0):
+def vae_losses(vae, batch, generators, foreground_weight=4.0):
     """Reconstruction (L1 + squared, foreground counts more) of colour and pseudo videos, and KL."""
-    videos = torch.cat([fold(batch["video"]), fold(batch["pseudo"])])             # (2BV,3,N,H,W)
-    foreground = (fold(batch["pseudo"])[:, 2:] + 1) / 2 > FOREGROUND_THRESHOLD
-    weight = (1 + (foreground_weight - 1) * foreground.float()).repeat(2, 1, 1, 1, 1)
-    weight = weight / weight.mean()
+    videos = torch.stack([batch["video"], batch["pseudo"]], 1)                # (B,2,V,3,N,H,W)
+    foreground = (batch["pseudo"][:, None, :, 2:] + 1) / 2 > FOREGROUND_THRESHOLD
+    weight = 1 + (foreground_weight - 1) * foreground.float()
+    weight = (weight / weight.mean((1, 2, 3, 4, 5, 6), keepdim=True)).expand(-1, 2, *[-1] * 5)
+    videos, weight = (x.flatten(0, 2) for x in (videos, weight))              # (B 2 V,3,N,H,W)
     mean, log_variance = (m.float() for m in vae.moments(videos))
-    noise = torch.randn(mean.shape, generator=generator).to(mean)
+    each = (2 * batch["video"].shape[1], *mean.shape[1:])
+    noise = draw(torch.randn, generators, *each).flatten(0, 1).to(mean)
     error = vae.reconstruct(mean + (log_variance / 2).exp() * noise).float() - videos
     l1, l2 = (weight * error.abs()).mean(), (weight * error.square()).mean()
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
@@ -249,23 +264,64 @@ def measure_latents(vae, stream, scenes):
         vae.latent_std[index] = (latents - mean[:, None, None, None]).std()
 
 
-def stage_losses(stage, models, batch, scheduler, settings, generator):
-    """The loss parts of one step of a stage; all randomness from `generator`."""
+def stage_losses(stage, models, batch, scheduler, settings, generators, chance):
+    """The loss parts of one step of a stage. All randomness: generators, one a sample, and two
+    numbers `chance` in [0,1] that are the same in all processes."""
     if stage == "vae":
-        return vae_losses(models.vae, batch, generator)
+        return vae_losses(models.vae, batch, generators)
+    if stage == "base" or stage == "joint" and chance[0] < settings.single_view:
+        views = batch["tracks"].shape[1]      # in joint it keeps the single-view model alive
+        batch, generators = views_to_batch(batch), [g for g in generators for _ in range(views)]
     if stage == "base":                       # single-view image-to-video warm-up (Sec. 4.2)
-        return joint_losses(models, views_to_batch(batch), scheduler, use_dpa=False,
-                            generator=generator)
+        return joint_losses(models, batch, scheduler, use_dpa=False, generators=generators)
     if stage == "dpa":                        # on the clean estimates of the MJD as it is
         with torch.no_grad():
-            noisy = diffuse(models, batch, scheduler, generator=generator)
+            noisy = diffuse(models, batch, scheduler, generators=generators)
             _, motion, scale = mjd_losses(models.mjd, noisy, scheduler)
-        return dpa_losses(models, noisy, scheduler, motion, scale, generator)
-    chance = torch.rand(2, generator=generator)
-    if chance[0] < settings.single_view:      # keeps the single-view model alive
-        batch = views_to_batch(batch)
-    return joint_losses(models, batch, scheduler, generator=generator,
+        return dpa_losses(models, noisy, scheduler, motion, scale)
+    return joint_losses(models, batch, scheduler, generators=generators,
                         use_dpa=bool(chance[1] >= settings.guidance_dropout))
+
+
+# ------------------------------------------------------------------------ more than one process
+
+def join_group(device):
+    """(rank, world) of this process under torchrun; (0, 1) without it."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return dist.get_rank(), dist.get_world_size()
+
+
+def shard(models, device, world):
+    """FSDP2: weights, gradients and optimiser of MJD and DPA are split among the processes, block
+    by block, then what is left of each network. The VAE is small: every process keeps it whole."""
+    mesh = dist.device_mesh.init_device_mesh(device.type, (world,))
+    for network in (models.mjd, models.dpa):
+        for block in network.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(network, mesh=mesh)
+    register_fsdp_forward_method(models.mjd, "encode_text")
+
+
+def whole(value):
+    """The full tensor of one that is split among the processes; anything else as it is."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def split_like(value, example):
+    """A full tensor on the device of `example`, and split as that is."""
+    if isinstance(example, DTensor):
+        return distribute_tensor(value.to(example.device), example.device_mesh, example.placements)
+    return value.to(example.device)
+
+
+def stable_seed(*numbers):
+    """A seed for each tuple of numbers >= 0, far from those of its neighbours."""
+    return int.from_bytes(hashlib.sha1(repr(numbers).encode()).digest()[:7], "big")
 
 
 # --------------------------------------------------------------------------------------- trainer
@@ -287,10 +343,12 @@ class Trainer:
     def __init__(self, settings):
         self.settings, self.out = settings, Path(settings.out)
         cuda = torch.cuda.is_available() and settings.device != "cpu"
-        self.device = torch.device("cuda" if cuda else "cpu")
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda \
+            else torch.device("cpu")
+        self.group = self.rank, self.world = join_group(self.device)
+        self.say = functools.partial(print, flush=True) if self.rank == 0 else lambda line: None
         self.recipe = make_recipe(settings)
         self.scheduler = DDIMScheduler("flow")
-        self.generator = torch.Generator().manual_seed(settings.seed)
         self.stage, self.step, self.optimiser = None, 0, None
         self.out.mkdir(parents=True, exist_ok=True)
         self.stopping = self.interrupted = False
@@ -336,12 +394,15 @@ class Trainer:
         self.models.to(self.device)
         for network in self.models.networks.values():
             network.requires_grad_(True)
+        if self.world > 1:
+            shard(self.models, self.device, self.world)
         self.average = {name: {key: value.clone() for key, value in network.state_dict().items()}
                         for name, network in self.models.networks.items()}
         if self.state and "average" in self.state:
-            self.average = {n: {k: v.to(self.device) for k, v in s.items()}
-                            for n, s in self.state["average"].items()}
-        print(f"starting from {source}")
+            for name, saved in self.state["average"].items():
+                for key, value in saved.items():
+                    self.average[name][key] = split_like(value, self.average[name][key])
+        self.say(f"starting from {source}")
 
     def begin(self, stage):
         """Optimiser of a stage; from the checkpoint if it was saved within this stage."""
@@ -356,22 +417,28 @@ class Trainer:
                                            fused=True)
         if self.settings.resume and self.state and self.state["stage"] == stage:
             peaks = [group["peak"] for group in groups]                 # --rate may be new
-            self.optimiser.load_state_dict(self.state["optimiser"])
+            saved = self.state["optimiser"]
+            for number, moments in saved["state"].items():
+                saved["state"][number] = {
+                    key: split_like(value, self.parameters[number]) if value.ndim else value
+                    for key, value in moments.items()}
+            self.optimiser.load_state_dict(saved)
             for group, peak in zip(self.optimiser.param_groups, peaks):
                 group["peak"] = peak
             self.step = self.state["step"]
-            self.generator.set_state(self.state["generator"])
-        else:
-            self.generator.manual_seed(self.settings.seed * 7919 + STAGES.index(stage))
 
     def save(self):
-        """checkpoint.pt and weights.pt, each under its final name only when it is whole."""
+        """checkpoint.pt and weights.pt, each under its final name only when it is whole. They are
+        the same files, whatever the number of processes; the first one writes them."""
         networks = {name: network.state_dict() for name, network in self.models.networks.items()}
-        write_atomically(self.out / "checkpoint.pt", networks | dict(
+        state = tree_map(whole, networks | dict(
             config=self.models.config, average=self.average, optimiser=self.optimiser.state_dict(),
-            stage=self.stage, step=self.step, bf16=self.bf16, generator=self.generator.get_state()))
+            stage=self.stage, step=self.step, bf16=self.bf16))
+        if self.rank:
+            return
+        write_atomically(self.out / "checkpoint.pt", state)
         half = {name: {k: v.bfloat16() if name != "vae" or v.ndim > 1 else v for k, v in s.items()}
-                for name, s in self.average.items()}
+                for name, s in state["average"].items()}
         write_atomically(self.out / "weights.pt", half | dict(config=self.models.config))
 
     # ------------------------------------------------------------------------------------ steps
@@ -381,13 +448,17 @@ class Trainer:
         self.begin(stage)
         steps = self.settings.steps or self.recipe["steps"][stage]
         if self.step >= steps:
-            return print(f"{stage}: already at step {self.step} of {steps}")
+            return self.say(f"{stage}: already at step {self.step} of {steps}")
         dataset = make_dataset(self.settings, self.recipe, "train")
         if stage != "vae" and self.settings.scenes:
             dataset = EncodedScenes(dataset, self.models.vae, self.autocast)
         count = self.settings.batch or self.recipe["batch"]
-        self.first_batch(stage, batches(self.settings, dataset, count, 0, self.device))
-        stream = batches(self.settings, dataset, count, self.step * count, self.device)
+
+        def scenes(step, group=(0, 1)):       # by default the same ones in all processes
+            order = StepSampler(len(dataset), self.settings.seed, step, count, group)
+            return batches(self.settings, dataset, order, self.device)
+        self.first_batch(stage, scenes(0))
+        stream = scenes(self.step, self.group)
         self.started, self.first_step = time.perf_counter(), self.step
         while self.step < steps and not self.stopping:
             progress = self.progress(steps)
@@ -401,7 +472,7 @@ class Trainer:
             if self.step % self.settings.save_every == 0:
                 self.save()
         if stage == "vae":
-            measure_latents(self.models.vae, stream, 24)
+            measure_latents(self.models.vae, scenes(self.step), 24)
             for key in ("latent_mean", "latent_std"):
                 self.average["vae"][key].copy_(getattr(self.models.vae, key))
         self.finish_stage()
@@ -410,7 +481,12 @@ class Trainer:
         """Share of the stage that is over, by steps or by --minutes, whichever is further."""
         spent = (time.perf_counter() - self.started) / 60
         by_time = spent / self.settings.minutes if self.settings.minutes else 0.0
-        return min(1.0, max(self.step / steps, by_time))
+        progress = min(1.0, max(self.step / steps, by_time))
+        if self.world > 1:                    # all processes decay and stop together
+            common = torch.tensor([progress, float(self.stopping)], device=self.device)
+            dist.all_reduce(common, dist.ReduceOp.MAX)
+            progress, self.stopping = common[0].item(), self.stopping or common[1].item() > 0
+        return progress
 
     def first_batch(self, stage, stream):
         """A new VAE starts from the principal components of some scenes."""
@@ -427,17 +503,30 @@ class Trainer:
             group["lr"] = share * group["peak"]
         with self.autocast:
             parts = stage_losses(stage, self.models, batch, self.scheduler, self.settings,
-                                 self.generator)
+                                 *self.randomness(len(batch["prompt"])))
         loss = sum(parts.values())
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        if self.world > 1 and stage == "vae":                   # which is not sharded
+            for parameter in self.parameters:
+                dist.all_reduce(parameter.grad.div_(self.world))
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, 1.0))
         parts = {key: value.detach() for key, value in parts.items()}
         if self.device.type == "cpu" or self.step % self.settings.log_every == 0:
             self.check_finite(parts, norm)    # on a GPU now and then: it waits for the result
         self.optimiser.step()
         self.update_average()
         return parts | {"gradient": norm.detach(), "rate": share}
+
+    def randomness(self, count):
+        """A generator for each of this process's samples of the step, and two numbers in [0,1] for
+        all. They depend on seed, stage and step alone: a resumed run needs no state of them."""
+        first = (self.step * self.world + self.rank) * count
+        seeds = [stable_seed(self.settings.seed, STAGES.index(self.stage), 1, first + place)
+                 for place in range(count)]
+        step = stable_seed(self.settings.seed, STAGES.index(self.stage), 0, self.step)
+        chance = torch.rand(2, generator=torch.Generator().manual_seed(step))
+        return [torch.Generator().manual_seed(seed) for seed in seeds], chance
 
     def check_finite(self, parts, norm):
         """Stops before the step that would spoil the weights."""
@@ -468,11 +557,11 @@ class Trainer:
                           for name, network in self.models.networks.items())
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else platform.processor()
         why = "measured faster" if settings.precision == "auto" else "as told"
-        print(f"device {self.device} {name}, {'bf16' if bf16 else 'fp32'} ({why}); {sizes}")
-        print(f"{recipe['views']} views x {recipe['frames']} frames x {recipe['size'][0]}x"
-              f"{recipe['size'][1]}, {recipe['tracks']} tracks; batch {count} scenes x "
-              f"{recipe['views']} views = {count * recipe['views']}; seed {settings.seed}; "
-              f"into {self.out}", flush=True)
+        self.say(f"device {self.device} {name}, {'bf16' if bf16 else 'fp32'} ({why}); {sizes}")
+        self.say(f"{recipe['views']} views x {recipe['frames']} frames x {recipe['size'][0]}x"
+                 f"{recipe['size'][1]}, {recipe['tracks']} tracks; batch {count} scenes x "
+                 f"{recipe['views']} views x {self.world} processes = "
+                 f"{count * recipe['views'] * self.world}; seed {settings.seed}; into {self.out}")
 
     def log(self, line, steps):
         """One line on the screen and one in log.jsonl."""
@@ -481,24 +570,35 @@ class Trainer:
         left = (steps - self.step) * pace
         if self.settings.minutes:
             left = min(left, self.settings.minutes * 60 - seconds)
-        line = {key: float(value) for key, value in line.items()}
+        line = {key: self.mean(value) for key, value in line.items()}
         text = " ".join(f"{key} {value:.4g}" for key, value in line.items())
-        print(f"{self.stage} {self.step}/{steps} {text} {pace:.2f} s/step, "
-              f"{left / 60:.0f} min left", flush=True)
+        self.say(f"{self.stage} {self.step}/{steps} {text} {pace:.2f} s/step, "
+                 f"{left / 60:.0f} min left")
         self.write_log({"stage": self.stage, "step": self.step, **line, "seconds": seconds,
                         "seconds_per_step": pace})
 
+    def mean(self, value):
+        """A number averaged over the processes."""
+        value = torch.as_tensor(value, dtype=torch.float32, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(value.div_(self.world))
+        return value.item()
+
     def write_log(self, record):
         """Appends a dict to log.jsonl."""
+        if self.rank:
+            return
         with open(self.out / "log.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
 
     @torch.no_grad()
     def validate(self, scenes=4):
         """Fixed-seed held-out samples with the averaged weights: val_STAGE_STEP.png, a log line."""
-        averaged = build_models(self.models.config).to(self.device)
-        for name, network in averaged.networks.items():
-            network.load_state_dict(self.average[name])
+        averaged, state = build_models(self.models.config), tree_map(whole, self.average)
+        if self.rank:
+            return
+        for name, network in averaged.to(self.device).networks.items():
+            network.load_state_dict(state[name])
             network.eval()
         split = "val" if self.settings.data == "synthetic" else "all"
         dataset = make_dataset(self.settings, self.recipe, split)
@@ -517,7 +617,7 @@ class Trainer:
                 for clip in (truth, *videos)]
         name = f"val_{self.stage}_{self.step}.png"
         iio.imwrite(self.out / name, torch.cat(rows).cpu().numpy())
-        print(f"  {name}:", ", ".join(f"{k} {v:.2f}" for k, v in scores.items()), flush=True)
+        self.say(f"  {name}: " + ", ".join(f"{k} {v:.2f}" for k, v in scores.items()))
         self.write_log({"stage": self.stage, "step": self.step, **scores})
 
     def validation_samples(self, models, batch, steps=10):
@@ -546,21 +646,26 @@ class Trainer:
         """Checkpoint, loss curve, peak memory; a finished stage hands its average on."""
         self.models.config["trained"].append(dict(
             stage=self.stage, steps=self.step - self.first_step, data=self.settings.data,
-            minutes=round((time.perf_counter() - self.started) / 60, 1), device=str(self.device)))
+            minutes=round((time.perf_counter() - self.started) / 60, 1),
+            device=f"{self.world} x {self.device.type}"))
         if not self.interrupted:
             for name in self.names:
                 self.models.networks[name].load_state_dict(self.average[name])
         self.save()
-        plot_losses(self.out)
+        if self.rank == 0:
+            plot_losses(self.out)
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2 ** 30
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-        print(f"{self.stage}: stopped at step {self.step}, peak memory {peak:.1f} GiB, "
-              f"weights in {self.out}/weights.pt", flush=True)
+        self.say(f"{self.stage}: stopped at step {self.step}, peak memory {peak:.1f} GiB, "
+                 f"weights in {self.out}/weights.pt")
 
 
 # ------------------------------------------------------------------------------------- benchmark
+
+BENCHMARKED = {"cpu": ("small", "taco"), "cuda": ("small", "taco", "paper")}       # presets
+
 
 def block_flops(views, frames, places, dim, hidden, text):
     """FLOPs of one MJD block's forward pass on one sample (multiply and add count as two).
@@ -626,10 +731,12 @@ def time_block(device, preset, views=3, shape=None, backward=True, fused=True, f
     return seconds, flops * (3 if backward else 1), memory
 
 
-def time_models(device, preset="small"):
+def time_models(device, preset):
     """{part: seconds} of everything around the blocks: VAE, DPA, world, a whole sampling step."""
     recipe, config = RECIPES[preset], make_config(preset, RECIPES[preset])
-    models, dataset = build_models(config).to(device), SyntheticHOI("val", device=device)
+    shape = {key: recipe[key] for key in ("size", "frames", "views", "tracks")}
+    models = build_models(config).to(device)
+    dataset = SyntheticHOI("val", device=device, **shape)
     batch = dataset.batch([0])
     cameras, anchors = (batch["intrinsics"], batch["extrinsics"]), true_anchors(batch)
     given = torch.ones(1, recipe["views"], dtype=torch.bool, device=device)
@@ -641,8 +748,8 @@ def time_models(device, preset="small"):
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
         latents = encode(models.vae, batch["video"], "video")
         found = {"world, one scene": lambda: dataset.batch([1]),
-                 "VAE encode, 3 videos": lambda: encode(models.vae, batch["video"], "video"),
-                 "VAE decode, 3 videos": lambda: decode(models.vae, latents, "video"),
+                 "VAE encode, all views": lambda: encode(models.vae, batch["video"], "video"),
+                 "VAE decode, all views": lambda: decode(models.vae, latents, "video"),
                  "sampling step, no loop": sampling(use_dpa=False),
                  "sampling step, full loop": sampling()}
         return {name: seconds_of(function, device) / (4 if "step" in name else 1)
@@ -658,7 +765,7 @@ def benchmark(device, path=None):
     report = {"device": f"{device} {name}", "threads": torch.get_num_threads(), "torch":
               torch.__version__, "matrix_tflops": limit / 1e12, "blocks": [], "scaling": []}
     print(f"{report['device']}: {limit / 1e12:.2f} TFLOP/s in bf16 products of {side}^2 matrices")
-    presets = ("small", "taco", "paper") if device.type == "cuda" else ("small", "taco")
+    presets = BENCHMARKED[device.type]
     for preset, backward, fused in itertools.product(presets, (False, True), (False, True)):
         seconds, flops, memory = time_block(device, preset, backward=backward, fused=fused)
         report["blocks"].append(dict(preset=preset, backward=backward, fused=fused, gib=memory,
@@ -672,7 +779,7 @@ def benchmark(device, path=None):
               "pixels": [(3, (4, 8 * r, 12 * r)) for r in (1, 2, 3)]}
     for axis, full in itertools.product(scaled, (False, True)):
         sizes = [views * math.prod(shape) for views, shape in scaled[axis]]
-        rows = [time_block(device, "small", views, shape, full=full, fused=True)
+        rows = [time_block(device, presets[0], views, shape, full=full)
                 for views, shape in scaled[axis]]
         measured, counted = (np.polyfit(np.log(sizes), np.log(column), 1)[0]
                              for column in list(zip(*rows))[:2])
@@ -681,7 +788,7 @@ def benchmark(device, path=None):
         print(f"{axis:6} {'full attention' if full else 'block':14} "
               f"{', '.join(f'{1e3 * row[0]:.1f}' for row in rows)} ms, exponent {measured:.2f}, "
               f"of FLOPs {counted:.2f}")
-    report["parts"] = time_models(device)
+    report["parts"] = time_models(device, presets[0])
     for part, seconds in report["parts"].items():
         print(f"{part:26} {1e3 * seconds:9.1f} ms")
     if path:
