@@ -46,9 +46,9 @@ FOREGROUND_THRESHOLD = 0.15  # half way: a decoded pixel with more blue than thi
 def full_precision(function):
     """Runs a function of geometry in float32 also under autocast: bf16 moves a point by 0.16 px."""
     @functools.wraps(function)
-    def run(points, *arguments):
+    def run(points, *arguments, **keywords):
         with torch.autocast(points.device.type, enabled=False):
-            return function(points.float(), *arguments)
+            return function(points.float(), *arguments, **keywords)
     return run
 
 
@@ -226,6 +226,7 @@ def choose_anchors(foreground, num_tracks, previous=None):
     return fresh if previous is None else torch.where(vacant[..., None], fresh, previous)
 
 
+@full_precision
 def pseudo_video_to_tracks(pseudo, scale, intrinsics, extrinsics, num_tracks, anchors=None,
                            tolerance=4.0):
     """Denorm & Unproj: where a colour stands is the point's pixel, its blue the point's depth.
@@ -238,7 +239,6 @@ def pseudo_video_to_tracks(pseudo, scale, intrinsics, extrinsics, num_tracks, an
     every colour is its own pixel, so the error is known; half is what measured best).
     """
     views, _, frames, height, width = pseudo.shape
-    pseudo = pseudo.float()
     foreground = pseudo[:, 2] > FOREGROUND_THRESHOLD                               # (V,N,H,W)
     if anchors is None:
         anchors = choose_anchors(foreground[:, 0], num_tracks)
@@ -274,10 +274,14 @@ def match_colours(wanted, previous, colour, depth, cost, prior=0.02, window=3, s
     views, height, width = depth.shape
     coarse = (slice(None), slice(1, None, 2), slice(1, None, 2))
     grid = pixel_centres((height, width), depth.device)
-    mismatch = torch.cdist(wanted, colour[coarse].flatten(1, 2)).square()          # (V,K,HW/4)
-    mismatch += prior * torch.cdist(previous, grid[None][coarse].flatten(1, 2)).square()
-    index = (mismatch + cost[coarse].flatten(1)[:, None]).argmin(-1)
-    centre = grid[None][coarse].flatten(1, 2)[0, index].long()                     # (V,K,2)
+    # |a - b|^2 of colours and places is |b|^2 - 2 a b but for |a|^2: one product for all pixels.
+    places = grid[None][coarse].flatten(1, 2)                                      # (1,HW/4,2)
+    there = [colour[coarse].flatten(1, 2), places.expand(views, -1, -1) * prior ** 0.5]
+    there = torch.cat(there, -1)                                                   # (V,HW/4,4)
+    here = torch.cat([wanted, previous * prior ** 0.5], -1)                        # (V,K,4)
+    offset = there.square().sum(-1) + cost[coarse].flatten(1)                      # (V,HW/4)
+    index = torch.baddbmm(offset[:, None], here, there.mT, alpha=-2).argmin(-1)
+    centre = places[0, index].long()                                               # (V,K,2)
     steps = torch.arange(-window, window + 1, device=depth.device)
     offsets = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1).flatten(0, 1)
     pixel = centre[:, :, None] + offsets                                           # (V,K,49,2)

@@ -13,7 +13,6 @@ weights.pt (averaged weights in bf16, for sample.py), log.jsonl, loss.png and va
 
 import argparse
 import functools
-import hashlib
 import itertools
 import json
 import math
@@ -40,7 +39,7 @@ from cycle import (DDIMScheduler, bf16_is_faster, build_models, decode, diffuse,
                    encode,
                    encode_sample, fold, joint_losses, load_models, mjd_losses, moving_psnr, sample,
                    true_anchors)
-from data import FOREGROUND_THRESHOLD, TACO, SyntheticHOI, film_strip
+from data import FOREGROUND_THRESHOLD, TACO, SyntheticHOI, film_strip, stable_hash
 from mjd import (PRESETS, REGISTER_TOKENS, SCALE_TOKENS, Block, Layout, VideoVAE,
                  count_parameters)
 
@@ -319,11 +318,6 @@ def split_like(value, example):
     return value.to(example.device)
 
 
-def stable_seed(*numbers):
-    """A seed for each tuple of numbers >= 0, far from those of its neighbours."""
-    return int.from_bytes(hashlib.sha1(repr(numbers).encode()).digest()[:7], "big")
-
-
 # --------------------------------------------------------------------------------------- trainer
 
 def trained_networks(models, stage):
@@ -522,9 +516,9 @@ class Trainer:
         """A generator for each of this process's samples of the step, and two numbers in [0,1] for
         all. They depend on seed, stage and step alone: a resumed run needs no state of them."""
         first = (self.step * self.world + self.rank) * count
-        seeds = [stable_seed(self.settings.seed, STAGES.index(self.stage), 1, first + place)
+        seeds = [stable_hash(self.settings.seed, STAGES.index(self.stage), 1, first + place)
                  for place in range(count)]
-        step = stable_seed(self.settings.seed, STAGES.index(self.stage), 0, self.step)
+        step = stable_hash(self.settings.seed, STAGES.index(self.stage), 0, self.step)
         chance = torch.rand(2, generator=torch.Generator().manual_seed(step))
         return [torch.Generator().manual_seed(seed) for seed in seeds], chance
 
