@@ -102,6 +102,16 @@ def rotate(x, cos, sin):
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
 
 
+def ray_centres(rays):
+    """Where the rays of each camera meet, (B,V,3) in world metres, of Pluecker rays (B,V,6,H,W):
+    the least squares solution of c x d = m, since d x (c x d) = (I - d d^T) c for unit d."""
+    with torch.autocast(rays.device.type, enabled=False):
+        direction, moment = rays.float().flatten(3).movedim(2, -1).split(3, -1)   # (B,V,HW,3)
+        across = torch.eye(3, device=rays.device) * (direction.shape[2] + 1e-3)
+        across = across - direction.mT @ direction             # never singular, thanks to the 1e-3
+        return torch.linalg.solve(across, torch.linalg.cross(direction, moment).sum(2))
+
+
 def zero_init(layer):
     """The layer with its weights and bias set to zero: it starts by contributing nothing."""
     for parameter in layer.parameters():
@@ -415,8 +425,8 @@ class MJD(nn.Module):
     # metres of a typical scene of ours.
     scale_centre, scale_unit = (0.5, 0.8), 0.1
     # The heads estimate clean latents, give or take this deviation; `velocity` makes v of it. To
-    # predict v itself, 4 C = 192 noisy numbers a token would have to pass through D = 256.
-    prior_std = 0.15
+    # predict v itself, 4 C = 192 noisy numbers a token would have to pass through the width D.
+    prior_std = 0.4
 
     def __init__(self, channels=32, dim=256, heads=8, depth=8, mlp=1024, text_tokens=64, patch=2):
         super().__init__()
@@ -432,6 +442,8 @@ class MJD(nn.Module):
         # the rays come with the pixel's own position (which is a pseudo video's background).
         self.embed_reference = zero_init(nn.Linear(pixels, dim))
         self.embed_rays = zero_init(nn.Linear(8 * patch ** 2, dim))
+        # The scale depends on how far the camera is: scale and register tokens are told.
+        self.embed_camera = zero_init(nn.Linear(4, dim))
         self.modality = nn.Parameter(torch.randn(2, dim) * 0.02)
         self.special = nn.Parameter(torch.randn(SCALE_TOKENS + REGISTER_TOKENS, dim) * 0.02)
         self.time = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
@@ -489,6 +501,8 @@ class MJD(nn.Module):
     def tokens(self, video, motion, reference, rays, guidance):
         """Latents, reference, rays and guidance -> tokens (B,V,T,D) in the order of Layout."""
         batch, views, _, frames, height, width = video.shape
+        centre = ray_centres(rays)                                            # (B, V, 3)
+        camera = self.embed_camera(torch.cat([centre, centre.norm(dim=-1, keepdim=True)], -1))
         rays = F.adaptive_avg_pool2d(rays.flatten(0, 1), (height, width))
         rows, columns = (torch.linspace(-1, 1, side, device=rays.device) for side in rays.shape[2:])
         position = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))
@@ -496,7 +510,7 @@ class MJD(nn.Module):
         rays = self.embed_rays(self.patchify(rays.unflatten(0, (batch, views))[:, :, :, None]))
         rays = rays + self.embed_reference(self.patchify(reference))          # (B, V, 1 h w, D)
         rays = rays.repeat(1, 1, frames, 1)
-        parts = [repeat(self.special, "s d -> b v s d", b=batch, v=views)]
+        parts = [self.special + camera[:, :, None]]                           # (B, V, 8, D)
         for index, latents in enumerate((video, motion)):
             parts.append(self.embed[index](self.patchify(latents)) + self.modality[index] + rays)
         if guidance is not None:

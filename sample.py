@@ -70,7 +70,7 @@ def parse(arguments=None):
     add("--eval", action="store_true", help="measure on held-out scenes and print the tables")
     add("--split", choices=("val", "unseen", "both"), default="both", help="scenes of --eval")
     add("--scenes", type=int, default=48, help="scenes of --eval, a split")
-    add("--json", type=Path, metavar="FILE", help="where --eval writes its tables")
+    add("--json", type=Path, metavar="FILE", help="where --eval writes tables, beside samples.png")
     add("--tables", type=Path, metavar="JSON", help="print the README's tables from such a file")
 
     def refuse(message):                      # one sentence instead of argparse's usage
@@ -546,7 +546,8 @@ def run(models, scenes, settings, given=None, **options):
 
 
 def all_runs(models, scenes, settings):
-    """A batch of scenes made in every way: videos and tracks, two dicts, name -> (B,V,...)."""
+    """A batch of scenes made in every way: videos and tracks, two dicts, name -> (B,V,...); pseudo
+    videos of the VAE's round trip in [-1,1] and of the full loop in [0,1]."""
     truth, points, vae = scenes["video"], scenes["tracks"], models.vae
     cameras = scenes["intrinsics"], scenes["extrinsics"]
     alone = {key: value.flatten(0, 1)[:, None] for key, value in scenes.items() if key != "prompt"}
@@ -564,7 +565,7 @@ def all_runs(models, scenes, settings):
               "coarse": opened.coarse.tracks.float(),
               "aligned": opened.tracks, "closed": closed.tracks, "frozen": frozen.view_as(points),
               "still": points[:, :, :1].expand_as(points), "codec": codec.tracks, "truth": points}
-    return videos, tracks, 2 * codec.pseudo - 1
+    return videos, tracks, 2 * codec.pseudo - 1, closed.coarse.pseudo
 
 
 def action_trials(models, settings, dataset, index):
@@ -575,7 +576,7 @@ def action_trials(models, settings, dataset, index):
     if len(actions) < 2:
         return []
     scenes = default_collate([dataset.scene(index, action) for action in actions])
-    tracks = run(models, scenes, settings).tracks
+    tracks = run(models, scenes, settings, use_dpa=False).tracks         # the MJD hears the word
     distance = (tracks[:, None] - scenes["tracks"]).norm(dim=-1).flatten(2).mean(2)
     return [(actions[prompted], actions[nearest], 1 / len(actions))
             for prompted, nearest in enumerate(distance.argmin(1).tolist())]
@@ -592,7 +593,7 @@ def measure(models, settings, split):
     for first in range(0, settings.scenes, EVAL_BATCH):
         indices = range(first, min(first + EVAL_BATCH, settings.scenes))
         scenes, moved = dataset.batch(indices), elsewhere.batch(indices)
-        videos, tracks, pseudo = all_runs(models, scenes, settings)
+        videos, tracks, pseudo, closed_pseudo = all_runs(models, scenes, settings)
         given = {n: run(models, scenes, settings, order[:n]).video() for n in views[1:]}
         given[len(views)] = videos["closed"]
         new = run(models, moved, settings, order[:1]).video()
@@ -611,8 +612,32 @@ def measure(models, settings, split):
                 name = f"{sides[view % 3]} degrees"
                 found["cameras", name].append(picture_scores(new[i], other, [view]))
             found["trials", ""] += action_trials(models, settings, dataset, index)
+            if index < 3:
+                (middle, side, *_), closed = order, videos["closed"][i]
+                found["clips", ""].append((scene["prompt"], [
+                    ("centre, truth", scene["video"][middle]), ("3 references", closed[middle]),
+                    ("its motion", 2 * closed_pseudo[i, middle] - 1),
+                    ("left, truth", scene["video"][side]), ("3 references", closed[side]),
+                    ("1 reference", given[1][i, side])]))
         print(f"{split}: {indices[-1] + 1}/{settings.scenes} scenes", file=sys.stderr, flush=True)
     return found
+
+
+def samples_picture(scenes, path, columns=7):
+    """Generated beside true: scenes is a list of (prompt, list of (label, clip (3,N,H,W)))."""
+    height, width = scenes[0][1][0][1].shape[-2:]
+    rows = sum(len(clips) for _, clips in scenes)
+    figure = Figure(figsize=(12, 11 * rows / columns * height / width + 0.4 * len(scenes)))
+    for index, part in enumerate(np.atleast_1d(figure.subfigures(len(scenes), 1))):
+        prompt, clips = scenes[index]
+        part.suptitle(prompt, fontsize=13)
+        axes = part.subplots(len(clips), 1, gridspec_kw=dict(
+            hspace=0.03, left=0.1, right=0.995, bottom=0.005, top=0.93))
+        for axis, (label, clip) in zip(axes, clips):
+            axis.imshow(film_strip(clip.cpu(), columns).numpy(), aspect="auto")
+            axis.set(xticks=[], yticks=[])
+            axis.set_ylabel(label, rotation=0, ha="right", va="center")
+    figure.savefig(path, dpi=90)
 
 
 def summary(runs):
@@ -699,8 +724,8 @@ def markdown(report):
 
     val, unseen = report["val"], report["unseen"]
     full, lines = val["ablation"][-1], []
-    lines += ["| quantity | paper, on TACO | ours, `val` | ours, `unseen` | trivial baseline, `val` |"
-              " VAE round trip, `val` |", "|---" * 6 + "|"]
+    lines += ["| quantity | paper, on TACO | ours, `val` | ours, `unseen` | trivial baseline"
+              " | VAE round trip |", "|---" * 6 + "|"]
     lines += [f"| {name} | {PAPER.get(key, '')} | {cell(full, key, n)} | "
               f"{cell(unseen['ablation'][-1], key, n)} | {cell(val['baseline'], key, n)} | "
               f"{cell(val['ceiling'], key, n)} |" for key, name, n in QUANTITIES]
@@ -715,7 +740,8 @@ def markdown(report):
                       + " | ".join(cell(row["gain"], *key) for key in shown) + " |"]
     lines += ["", "| setting | what | `val` | `unseen` |", "|---" * 4 + "|"]
     rows = [("depth", name, "rpe", "RPE of tracks, %") for name in val["depth"]]
-    rows += [("references", n, "psnr", "PSNR of the views without, dB") for n in ("3", "2", "1")]
+    rows += [("references", n, "psnr", "PSNR of the views without, dB")
+             for n in sorted(val["references"], reverse=True)]
     rows += [("cameras", name, "psnr", "PSNR, one reference, dB") for name in val["cameras"]]
     titles = {"depth": "depth {}", "references": "{} reference(s)", "cameras": "camera at {}"}
     lines += [f"| {titles[table].format(name)} | {what} | {cell(val[table][name], key, 2)} | "
@@ -741,7 +767,10 @@ def evaluate(models, settings):
     report = {"weights": {"file": name} | models.config}
     for split in ("val", "unseen") if settings.split == "both" else (settings.split,):
         start = time.perf_counter()
-        report[split] = tables(measure(models, settings, split)) | dict(
+        found = measure(models, settings, split)
+        if settings.json and split == "val":
+            samples_picture(found["clips", ""], settings.json.with_name("samples.png"))
+        report[split] = tables(found) | dict(
             scenes=settings.scenes, seed=settings.seed, steps=settings.steps,
             seconds=round(time.perf_counter() - start, 1))
         print_tables(split, report[split])

@@ -85,7 +85,7 @@ class Settings:
     size: str = option("", "picture size HxW, default the preset's (for progressive resolution)")
     steps: int = option(0, "steps of the stage, 0 = the preset's")
     batch: int = option(0, "scenes a step, 0 = the preset's")
-    rate: float = option(0.0, "peak learning rate of all networks, 0 = the preset's")
+    rate: float = option(0.0, "peak learning rate, 0 = the preset's (joint: half of it)")
     minutes: float = option(0.0, "stop a stage after so many minutes (decay included), 0 = never")
     guidance_dropout: float = option(0.4, "share of joint steps of the MJD alone, without guidance")
     single_view: float = option(0.15, "share of joint steps with V = 1")
@@ -402,8 +402,10 @@ class Trainer:
         """Optimiser of a stage; from the checkpoint if it was saved within this stage."""
         self.stage, self.step = stage, 0
         self.names = trained_networks(self.models, stage)
+        warmed = 0.5 if stage == "joint" else 1.0                 # it starts from trained networks
         groups = [dict(params=list(self.models.networks[name].parameters()),
-                       peak=self.settings.rate or self.recipe["rate"][name]) for name in self.names]
+                       peak=self.settings.rate or warmed * self.recipe["rate"][name])
+                  for name in self.names]
         for name, network in self.models.networks.items():
             network.requires_grad_(name in self.names).train(name in self.names)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
