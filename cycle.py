@@ -441,12 +441,14 @@ class SampleState:
 @torch.no_grad()
 def sample(models, reference, given, prompts, cameras, frames, steps=25, text_scale=1.0,
            num_tracks=256, anchors=None, cycle=True, use_dpa=True, cycle_every=1, shift=8.0,
-           eta=0.0, seed=0):
+           eta=0.0, temperature=0.3, seed=0):
     """The closed loop of Sec. 3.5: a generator of one SampleState a step, the last is the result.
 
     reference (B,V,3,H,W) in [-1,1], ignored where given (B,V) is False; prompts: B strings;
     cameras: intrinsics (B,V,3,3), extrinsics (B,V,4,4); text_scale: classifier-free guidance on
-    the text, 1 = off; anchors (B,V,K,2) pixels to follow, or None to choose them.
+    the text, 1 = off; anchors (B,V,K,2) pixels to follow, or None to choose them; temperature: z_1
+    and M_1 are so many times smaller than in training. At 1 small networks turn all that they do
+    not know into noise, each token its own; towards 0 into a blur, which is nearer to the truth.
     Every `cycle_every` steps (and at the last) the DPA aligns the coarse tracks of the clean
     estimate; drawn and encoded they guide the next MJD steps. cycle=False: the DPA aligns, but
     nothing is fed back. use_dpa=False: no DPA, and so no loop. The paper's sampling pseudo-code is
@@ -460,7 +462,7 @@ def sample(models, reference, given, prompts, cameras, frames, steps=25, text_sc
     clean_reference = encode(models.vae, reference[:, :, :, None], "video")
 
     def noise(*shape):
-        return torch.randn(shape, generator=generator).to(device)
+        return temperature * torch.randn(shape, generator=generator).to(device)
 
     video = noise(batch, views, models.vae.channels, *shape)
     motion = noise(batch, views, models.vae.channels, *shape)

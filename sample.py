@@ -64,6 +64,7 @@ def parse(arguments=None):
     add("--seed", type=int, default=0, help="of the noise")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     add("--text-scale", type=float, default=1.0, help="guidance on the text, 1 = off")
+    add("--temperature", type=float, default=0.3, help="of the noise: 0 = blur, 1 = as trained")
     add("--cycle-every", type=int, default=1, help="steps between rounds of the loop")
     add("--no-cycle", action="store_true", help="no loop: aligned tracks do not guide the video")
     add("--no-dpa", action="store_true", help="no aligner, hence no loop: the coarse tracks")
@@ -87,6 +88,7 @@ def parse(arguments=None):
             (settings.steps >= 1, "steps", "1 or more"),
             (0 <= settings.seed < 2 ** 63, "seed", "0 or more, under 2^63"),
             (0 <= settings.text_scale < math.inf, "text_scale", "0 or more"),
+            (0 <= settings.temperature <= 2, "temperature", "0 to 2"),
             (settings.cycle_every >= 1, "cycle_every", "1 or more"),
             (1 <= settings.scenes <= 256, "scenes", "1 to 256"),
             (not (settings.json and settings.json.is_dir()), "json", "a file to write"),
@@ -223,7 +225,8 @@ def generate(models, settings):
                             [camera[None].to(device) for camera in cameras], config["frames"],
                             settings.steps, settings.text_scale, config["tracks"],
                             cycle=not settings.no_cycle, use_dpa=not settings.no_dpa,
-                            cycle_every=settings.cycle_every, seed=settings.seed):
+                            cycle_every=settings.cycle_every,
+                            temperature=settings.temperature, seed=settings.seed):
             if state.step % 5 == 0 or state.step in (1, settings.steps):
                 seconds = time.perf_counter() - start
                 print(f"step {state.step}/{settings.steps}: {seconds:.1f} s", flush=True)
@@ -540,7 +543,7 @@ def run(models, scenes, settings, given=None, **options):
                             scenes["prompt"], (scenes["intrinsics"], scenes["extrinsics"]),
                             scenes["video"].shape[3], settings.steps, settings.text_scale,
                             anchors.shape[2], anchors, cycle_every=settings.cycle_every,
-                            seed=settings.seed, **options):
+                            temperature=settings.temperature, seed=settings.seed, **options):
             pass
     return state
 

@@ -757,7 +757,7 @@ def test_zero_rounds_of_the_loop_equal_the_plain_sampler(models, batch, closed):
     assert same((opened.latents, opened.motion), (plain.latents, plain.motion))
     assert not torch.equal(opened.tracks, plain.tracks)               # the DPA has aligned them
     for switch in (dict(cycle=False), dict(seed=1), dict(text_scale=2.0), dict(cycle_every=2),
-                   dict(shift=1.0), dict(eta=0.5)):
+                   dict(shift=1.0), dict(eta=0.5), dict(temperature=1.0)):
         last = states(models, batch, **switch)[-1]
         assert not torch.equal(last.latents, closed[-1].latents), switch
         assert not torch.equal(last.tracks, closed[-1].tracks), switch
@@ -1017,9 +1017,34 @@ def test_every_flag_of_sample_does_something(shoot, trained, tmp_path, capsys):
     rig = json.loads(capsys.readouterr().out)
     rig["views"][0]["extrinsics"][0][3] += 0.1
     (tmp_path / "rig.json").write_text(json.dumps(rig))
-    for flags in ("--seed 1", "--steps 3", "--prompt cut", "--text-scale 3", "--no-dpa",
-                  "--no-cycle", "--ref REF REF", f"--cameras {tmp_path / 'rig.json'}"):
+    for flags in ("--seed 1", "--steps 3", "--temperature 1", "--prompt cut", "--text-scale 3",
+                  "--no-dpa", "--no-cycle", "--ref REF REF", f"--cameras {tmp_path / 'rig.json'}"):
         assert not torch.equal(shoot(flags)[2].tracks, base.tracks), flags
+
+
+def test_odd_pictures_are_read(tmp_path):
+    picture = np.zeros((64, 96, 3), np.uint8)
+    picture[:32], picture[:, :48, 1] = (200, 0, 0), 120                 # red above, green at left
+    top, left = torch.tensor([0.57, 0, 0]), torch.tensor([0, -0.06, 0])
+    rotated = (b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06" + bytes(6))
+    alpha = np.concatenate([picture, np.full((64, 96, 1), 255, np.uint8)], 2)
+    alpha[0, 0] = 0                                                     # white, when seen through
+    deep = picture[..., 0].astype(np.uint16) * 257
+    huge = picture[:, :, :1].repeat(160, 1).repeat(10, 0)
+    for name, pixels, options in (
+            ("plain.png", picture, {}), ("alpha.png", alpha, {}), ("deep.png", deep, {}),
+            ("photo.jpg", np.rot90(picture), dict(exif=rotated, quality=95)),
+            ("moving.gif", np.stack([picture, 0 * picture]), {}), ("grey.png", picture[..., 0], {}),
+            ("dot.png", picture[:1, :1], {}), ("huge.png", huge[..., 0], {})):
+        iio.imwrite(tmp_path / name, pixels, **options)
+        found = sample.read_picture(str(tmp_path / name), (32, 48))
+        assert found.shape == (3, 32, 48) and found.abs().max() <= 1, name
+        if not name.startswith(("dot", "huge")):
+            assert close(found[0, 4:12].mean(), top[0], 0.05) and found[0, 20:].max() < -0.8, name
+        if not name.startswith(("dot", "huge", "deep", "grey")):
+            assert close(found[1, 4:, 4:20].mean(), left[1], 0.05), name
+            assert found[1, 4:, 28:].max() < -0.8, name
+    assert sample.read_picture(str(tmp_path / "alpha.png"), (64, 96))[:, 0, 0].min() == 1
 
 
 BAD = dict(
@@ -1031,7 +1056,8 @@ BAD = dict(
         --out TRAINED --preset small""",
     sample=f"""--ref;--ref none.png;--ref FILE;--ref /tmp;--ref REF REF REF;--prompt=;--steps 0;
         --prompt {'x' * 99};--scenes 0;--seed -1;--text-scale nan;--cycle-every 0;--cameras FILE;
-        --cameras none.json;--weights FILE;--weights none.pt;--weights= --preset huge;--device tpu;
+        --temperature -1;--tables FILE;--tables none.json;--cameras none.json;--weights FILE;
+        --weights none.pt;--weights= --preset huge;--device tpu;
         --bogus;--split none;--out FILE;--out /proc/no""")
 
 

@@ -681,7 +681,7 @@ def block_flops(views, frames, places, dim, hidden, text):
 def seconds_of(function, device, least=0.5):
     """Best time of one call in seconds, after a warm-up call, over at least `least` seconds."""
     times, started = [], time.perf_counter()
-    while len(times) < 4 or time.perf_counter() - started < least:
+    while len(times) < 2 or time.perf_counter() - started < least:
         start = time.perf_counter()
         function()
         if device.type == "cuda":
