@@ -1088,7 +1088,7 @@ def test_readme_is_true_and_the_paper_is_cited(capsys):
         known += capsys.readouterr().out
     for path in set(re.findall(r"(?:assets|weights)/[\w.-]+\w|\b[a-z_]+\.py\b", text)):
         assert (HERE / path).exists(), path
-    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)):
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+(?!\w)", text)):
         assert re.search(rf"{flag}(?![\w-])", known), flag
     lines = dict(re.findall(r"^\| `?(\w+\.py)`? \| *([\d,]+) \|", text, re.MULTILINE))
     for script in [*SCRIPTS, Path(__file__)]:
