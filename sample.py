@@ -23,7 +23,7 @@ import tempfile
 import time
 import warnings
 from collections import defaultdict
-from itertools import permutations
+from itertools import combinations, permutations
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -438,9 +438,10 @@ def matching_pixels(video, intrinsics, extrinsics, similarity=0.7, tolerance=1.5
     each other's nearest by cosine, with a cosine over 0.7, the one's centre within 1.5 pixels of
     the other's epipolar line (x_b^T F x_a = 0); mean over frames and pairs of views."""
     counts, inverse = [], torch.linalg.inv(intrinsics)
-    for a, b in permutations(range(len(video)), 2):
-        (first, rough_a, uv), (second, rough_b, _) = patches(video[a]), patches(video[b])
-        cosine = (first @ second.mT).masked_fill(~(rough_a[:, :, None] & rough_b[:, None]), -1)
+    found = [patches(clip) for clip in video]
+    for a, b in combinations(range(len(video)), 2):
+        (first, rough_a, uv), (second, rough_b, _) = found[a], found[b]
+        cosine = (first * rough_a[..., None]) @ (second * rough_b[..., None]).mT        # (N,P,P)
         best, partner = cosine.max(2)                                                   # (N,P)
         mutual = cosine.argmax(1).gather(1, partner) == torch.arange(len(uv), device=uv.device)
         relative = extrinsics[b] @ torch.linalg.inv(extrinsics[a])
@@ -456,7 +457,7 @@ def matching_pixels(video, intrinsics, extrinsics, similarity=0.7, tolerance=1.5
 def patch_consistency(video):
     """In place of Subject Consistency (DINO): how well patches are found again, the mean best
     cosine of those of frames 1.. with those of frame 0 and with those of the frame before."""
-    found = [patches(clip)[0] for clip in video]
+    found = [patches(clip, stride=4)[0] for clip in video]
     pairs = [(x[1:], y.expand_as(x[1:])) for x in found for y in (x[:1], x[:-1])]
     return torch.stack([(x @ y.mT).amax(2).mean() for x, y in pairs]).mean().item()
 
@@ -542,8 +543,9 @@ def run(models, scenes, settings, given=None, **options):
         for state in sample(models, scenes["video"][:, :, :, 0], shown.to(models.device),
                             scenes["prompt"], (scenes["intrinsics"], scenes["extrinsics"]),
                             scenes["video"].shape[3], settings.steps, settings.text_scale,
-                            anchors.shape[2], anchors, cycle_every=settings.cycle_every,
-                            temperature=settings.temperature, seed=settings.seed, **options):
+                            anchors.shape[2], anchors, temperature=settings.temperature,
+                            seed=settings.seed,
+                            **{"cycle_every": settings.cycle_every} | options):
             pass
     return state
 
@@ -597,9 +599,10 @@ def measure(models, settings, split):
         indices = range(first, min(first + EVAL_BATCH, settings.scenes))
         scenes, moved = dataset.batch(indices), elsewhere.batch(indices)
         videos, tracks, pseudo, closed_pseudo = all_runs(models, scenes, settings)
-        given = {n: run(models, scenes, settings, order[:n]).video() for n in views[1:]}
+        given = {n: run(models, scenes, settings, order[:n], cycle_every=3).video()
+                 for n in views[1:]}                          # the loop now and then: for the time
         given[len(views)] = videos["closed"]
-        new = run(models, moved, settings, order[:1]).video()
+        new = run(models, moved, settings, order[:1], cycle_every=3).video()
         for i, index in enumerate(indices):
             scene, other = ({k: value[i] for k, value in x.items()} for x in (scenes, moved))
             drawn = scene | {"video": scene["pseudo"]}
