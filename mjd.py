@@ -156,6 +156,8 @@ class VideoVAE(nn.Module):
     multiples of r_h and r_w. The paper uses Wan2.2's pretrained VAE (4,16,16), 48 channels.
     """
 
+    chunk_pixels = 2 ** 23           # of one pass without gradient: about 2 GB in float32
+
     def __init__(self, strides=(4, 8, 8), channels=32, widths=(96, 192), depth=2):
         super().__init__()
         self.strides, self.channels = tuple(strides), channels
@@ -191,34 +193,61 @@ class VideoVAE(nn.Module):
         return 1 + (frames - 1) // r_n, height // r_h, width // r_w
 
     def group(self, video):
-        """(B,3,N,H,W) -> (B*n, r_n*3, H, W): frame 0 stands r_n times in its group."""
+        """(B,3,N,H,W) -> (B, n, r_n*3, H, W): frame 0 stands r_n times in its group."""
         r_n = self.strides[0]
         video = torch.cat([video[:, :, :1].expand(-1, -1, r_n - 1, -1, -1), video], 2)
-        return rearrange(video, "b c (n r) h w -> (b n) (r c) h w", r=r_n)
+        return rearrange(video, "b c (n r) h w -> b n (r c) h w", r=r_n)
+
+    def in_chunks(self, function, x, pixels):
+        """function(x (B,n,...)), in passes of few videos and groups where no gradient is needed.
+
+        pixels: of one group; a pass takes at most chunk_pixels. The same result, bit for bit
+        in float64 (in float32 torch's kernels for one picture sum in another order): a group sees
+        the one before it and nothing else, so a cut computes that one again.
+        """
+        if torch.is_grad_enabled() or x.shape[:2].numel() * pixels <= self.chunk_pixels:
+            return function(x)
+        groups = max(1, min(x.shape[1], self.chunk_pixels // pixels))
+        rows = x.split(max(1, self.chunk_pixels // (groups * pixels)))
+        cuts = range(0, x.shape[1], groups)
+        return torch.cat([torch.cat([function(row[:, max(cut - 1, 0):cut + groups])[:, cut > 0:]
+                                     for cut in cuts], 1) for row in rows])
 
     def moments(self, video):
         """(B,3,N,H,W) in [-1,1] -> mean, log variance (B,C,n,h,w), not normalised."""
-        groups = self.latent_size(*video.shape[2:])[0]
-        x = self.group(video)
+        self.latent_size(*video.shape[2:])
+        pixels = self.strides[0] * video.shape[3] * video.shape[4]
+        both = self.in_chunks(self.encode_groups, self.group(video), pixels)
+        return [rearrange(m, "b n c h w -> b c n h w") for m in both.chunk(2, 2)]
+
+    def encode_groups(self, groups):
+        """(B,n,r_n*3,H,W) -> mean and log variance in one, (B,n,2C,h,w)."""
+        x = groups.flatten(0, 1)
         patches = rearrange(x, "f c (h y) (w x) -> f h w (c y x)",
                             y=self.strides[1], x=self.strides[2])
         features = self.encode_fine(F.pixel_unshuffle(x, self.inner))
-        features = self.encode_coarse(self.encode_mix(features, groups))
+        features = self.encode_coarse(self.encode_mix(features, groups.shape[1]))
         mean = self.linear_encode(patches).movedim(-1, 1) + self.to_mean(features)
         log_variance = (self.to_log_variance(features) - 8).clamp(-12, 4)
-        return [rearrange(m, "(b n) c h w -> b c n h w", n=groups) for m in (mean, log_variance)]
+        return torch.cat([mean, log_variance], 1).unflatten(0, groups.shape[:2])
 
     def reconstruct(self, latents):
         """The decoder: latents (B,C,n,h,w), not normalised -> video (B,3,N,H,W)."""
-        groups = latents.shape[2]
-        z = rearrange(latents, "b c n h w -> (b n) c h w")
-        features = self.decode_coarse(self.decode_mix(self.from_latent(z), groups))
+        pixels = math.prod(self.strides) * latents.shape[3] * latents.shape[4]
+        groups = rearrange(latents, "b c n h w -> b n c h w")
+        groups = self.in_chunks(self.decode_groups, groups, pixels)
+        video = rearrange(groups, "b n (r c) h w -> b c (n r) h w", c=3)
+        return video[:, :, self.strides[0] - 1:]           # frame 0 is the last of its own group
+
+    def decode_groups(self, latents):
+        """(B,n,C,h,w) -> groups of frames (B,n,r_n*3,H,W)."""
+        z = latents.flatten(0, 1)
+        features = self.decode_coarse(self.decode_mix(self.from_latent(z), latents.shape[1]))
         fine = F.pixel_shuffle(self.to_pixels(self.decode_fine(features)), self.inner)
         patches = self.linear_decode(z.movedim(1, -1))
         patches = rearrange(patches, "f h w (c y x) -> f c (h y) (w x)",
                             y=self.strides[1], x=self.strides[2])
-        video = rearrange(patches + fine, "(b n) (r c) h w -> b c (n r) h w", n=groups, c=3)
-        return video[:, :, self.strides[0] - 1:]           # frame 0 is the last of its own group
+        return (patches + fine).unflatten(0, latents.shape[:2])
 
     def statistics(self, modality):
         """mean (C,1,1,1) and deviation of the latents of "video" or "motion"."""
@@ -244,7 +273,7 @@ class VideoVAE(nn.Module):
     @torch.no_grad()
     def init_from(self, videos):
         """Sets the linear projections to the principal components of videos (B,3,N,H,W)."""
-        patches = rearrange(self.group(videos), "f c (h y) (w x) -> (f h w) (c y x)",
+        patches = rearrange(self.group(videos), "b n c (h y) (w x) -> (b n h w) (c y x)",
                             y=self.strides[1], x=self.strides[2]).double()
         centre = patches.mean(0)
         covariance = (patches - centre).mT @ (patches - centre) / len(patches)

@@ -579,6 +579,20 @@ def test_vae_is_causal_both_ways_and_has_statistics_per_modality(models):
     assert close(vae.decode((raw - 3) / 2, "motion"), vae.decode(raw, "video"), 1e-4)
 
 
+@torch.no_grad()
+def test_vae_in_chunks_is_equal_bit_for_bit(models, monkeypatch):
+    vae, video = copy.deepcopy(models.vae).double(), torch.randn(3, 3, 13, 32, 48).double()
+    passes, encode_groups = [], vae.encode_groups
+    monkeypatch.setattr(vae, "encode_groups", lambda x: passes.append(x.shape) or encode_groups(x))
+    whole = vae.moments(video)
+    decoded = vae.reconstruct(whole[0])
+    for chunk in (4 * 32 * 48, 9 * 32 * 48, 20 * 32 * 48, 40 * 32 * 48):
+        passes.clear()
+        monkeypatch.setattr(vae, "chunk_pixels", chunk)
+        assert same(vae.moments(video), whole) and same(vae.reconstruct(whole[0]), decoded)
+        assert len(passes) > 1 and all(x[0] == 1 or x[1] == 4 for x in passes)
+
+
 def mjd_arguments(net, frames=2):
     """One call of the MJD with everything in it, always the same: three views, the first given."""
     latents = torch.randn(3, 1, 3, 8, frames, 4, 6, generator=seeded())
