@@ -298,14 +298,14 @@ class Block(nn.Module):
 class DPA(nn.Module):
     """The aligner G_DPA of Eq. 4. The paper does not give its size: 4 blocks of 128 are ours."""
 
-    def __init__(self, dim=128, depth=4, heads=4, patch=96, voxel_size=0.02,
-                 scene_centre=(0.0, 0.0, 0.05), scene_radius=0.1):
-        """voxel_size, scene_centre (world), scene_radius in metres; patch in points."""
+    def __init__(self, dim=128, depth=4, heads=4, patch=96, voxel_size=0.02, scene_radius=0.1):
+        """voxel_size, scene_radius in metres; patch in points. The buffer scene_centre, the middle
+        of a typical scene in the world, is measured by train.py on its data."""
         super().__init__()
         if dim % (2 * heads):
             raise ValueError(f"dim must be a multiple of 2 x heads, got {dim} and {heads} heads")
         self.patch, self.voxel_size, self.scene_radius = patch, voxel_size, scene_radius
-        self.register_buffer("scene_centre", torch.tensor(scene_centre), persistent=False)
+        self.register_buffer("scene_centre", torch.tensor([0.0, 0.0, 0.05]))
         known = 3 + 3 + 1 + 16 + 12   # the channels of `describe`
         self.embed_point = nn.Linear(3 + known, dim)
         self.embed_coarse = nn.Linear(known, dim)

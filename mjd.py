@@ -450,9 +450,9 @@ class MJD(nn.Module):
     fused and checkpointing can be switched at any time: same results, other time and memory.
     """
 
-    # The scale is regressed in these units: s = centre + 0.1 m * output, centre (d_min, d_max) in
-    # metres of a typical scene of ours.
-    scale_centre, scale_unit = (0.5, 0.8), 0.1
+    # The scale is regressed in these units: s = scale_centre + 0.1 m * output. The buffer holds
+    # (d_min, d_max) in metres of a typical scene; train.py measures it on its data.
+    scale_unit = 0.1
     # The heads estimate clean latents, give or take this deviation; `velocity` makes v of it. To
     # predict v itself, 4 C = 192 noisy numbers a token would have to pass through the width D.
     prior_std = 0.4
@@ -481,7 +481,7 @@ class MJD(nn.Module):
         self.head_modulation = zero_init(nn.Linear(dim, 2 * dim))
         self.heads_out = nn.ModuleList(zero_init(nn.Linear(dim, pixels)) for _ in range(2))
         self.head_scale = zero_init(nn.Linear(dim, 1))
-        self.register_buffer("centre", torch.tensor(self.scale_centre), persistent=False)
+        self.register_buffer("scale_centre", torch.tensor([0.5, 0.8]))
 
     def forward(self, video, motion, t, text, rays, given, guidance=None):
         """One joint estimate: (v_video, v_motion) (B,V,C,n,h,w) and scale (B,V,2) in metres.
@@ -514,7 +514,7 @@ class MJD(nn.Module):
         clean[0] = clean[0] + reference      # untrained, it repeats the reference frame
         scale = self.head_scale(x[:, :, :SCALE_TOKENS])[..., 0].float()       # (B, V, 2)
         return (self.velocity(video, clean[0], t), self.velocity(motion, clean[1], t),
-                self.centre + self.scale_unit * scale)
+                self.scale_centre + self.scale_unit * scale)
 
     def encode_text(self, prompts):
         """B strings -> the tokens (B,L,D) and mask (B,L) that forward() takes as `text`."""

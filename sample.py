@@ -12,11 +12,14 @@ seed, same files. All sizes come from the checkpoint; symbols,
 units and frames are those of data.py.
 """
 
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")    # before torch: README, Speed, "shared machine"
+
 import argparse
 import base64
 import json
 import math
-import os
 import shutil
 import sys
 import tempfile

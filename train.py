@@ -11,12 +11,15 @@ joint (Alg. 1: everything, all views, closed loop). A run folder holds checkpoin
 weights.pt (averaged weights in bf16, for sample.py), log.jsonl, loss.png and val_*.png.
 """
 
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")    # before torch: README, Speed, "shared machine"
+
 import argparse
 import functools
 import itertools
 import json
 import math
-import os
 import platform
 import resource
 import signal
@@ -35,12 +38,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from cycle import (DDIMScheduler, bf16_is_faster, build_models, decode, diffuse, dpa_losses, draw,
-                   encode,
-                   encode_sample, fold, joint_losses, load_models, mjd_losses, moving_psnr, sample,
-                   true_anchors)
+from cycle import (DDIMScheduler, align, bf16_is_faster, build_models, decode, diffuse, dpa_losses,
+                   draw, encode, encode_sample, fold, joint_losses, load_models, mjd_losses,
+                   moving_psnr, read_tracks, sample, true_anchors)
 from data import FOREGROUND_THRESHOLD, TACO, SyntheticHOI, film_strip, stable_hash
-from mjd import (PRESETS, REGISTER_TOKENS, SCALE_TOKENS, Block, Layout, VideoVAE,
+from mjd import (MJD, PRESETS, REGISTER_TOKENS, SCALE_TOKENS, Block, Layout, VideoVAE,
                  count_parameters, tokens_per_view)
 
 STAGES = ("vae", "base", "dpa", "joint")
@@ -263,6 +265,18 @@ def measure_latents(vae, stream, scenes):
         vae.latent_std[index] = (latents - mean[:, None, None, None]).std()
 
 
+@torch.no_grad()
+def measure_units(models, stream, scenes):
+    """Sets what the networks reckon from: MJD.scale_centre, the mean depth range in metres, and
+    DPA.scene_centre, the mean place of the tracks in the world."""
+    found = []
+    while sum(len(batch["prompt"]) for batch in found) < scenes:
+        found.append(next(stream))
+    scale, tracks = (torch.cat([batch[key] for batch in found]) for key in ("scale", "tracks"))
+    models.mjd.scale_centre.copy_(scale.mean((0, 1)))
+    models.dpa.scene_centre.copy_(tracks.mean((0, 1, 2, 3)))
+
+
 def stage_losses(stage, models, batch, scheduler, settings, generators, chance):
     """The loss parts of one step of a stage. All randomness: generators, one a sample, and two
     numbers `chance` in [0,1] that are the same in all processes."""
@@ -343,7 +357,7 @@ class Trainer:
         self.say = functools.partial(print, flush=True) if self.rank == 0 else lambda line: None
         self.recipe = make_recipe(settings)
         self.scheduler = DDIMScheduler("flow")
-        self.stage, self.step, self.optimiser = None, 0, None
+        self.stage, self.step, self.optimiser, self.held_out = None, 0, None, None
         self.out.mkdir(parents=True, exist_ok=True)
         self.stopping = self.interrupted = False
         self.load()
@@ -435,8 +449,8 @@ class Trainer:
         if self.rank:
             return
         write_atomically(self.out / "checkpoint.pt", state)
-        half = {name: {k: v.bfloat16() if name != "vae" or v.ndim > 1 else v for k, v in s.items()}
-                for name, s in state["average"].items()}
+        half = {name: {key: value.bfloat16() if value.ndim > 1 else value    # matrices in bf16
+                       for key, value in state["average"][name].items()} for name in networks}
         write_atomically(self.out / "weights.pt", half | dict(config=self.models.config))
 
     # ------------------------------------------------------------------------------------ steps
@@ -470,7 +484,7 @@ class Trainer:
             if self.step % self.settings.save_every == 0:
                 self.save()
         if stage == "vae":
-            measure_latents(self.models.vae, scenes(self.step), 24)
+            measure_latents(self.models.vae, scenes(self.step), 16)
             for key in ("latent_mean", "latent_std"):
                 self.average["vae"][key].copy_(getattr(self.models.vae, key))
         self.finish_stage()
@@ -487,7 +501,14 @@ class Trainer:
         return progress
 
     def first_batch(self, stage, stream):
-        """A new VAE starts from the principal components of some scenes."""
+        """A new VAE starts from the principal components of some scenes; networks that have not
+        seen this data set yet, from its units."""
+        seen = any(entry["data"] == self.settings.data and entry["stage"] != "vae"
+                   for entry in self.models.config["trained"])
+        if stage != "vae" and self.step == 0 and not seen:
+            measure_units(self.models, stream, 16)
+            for name, key in (("mjd", "scale_centre"), ("dpa", "scene_centre")):
+                self.average[name][key].copy_(getattr(self.models.networks[name], key))
         if stage == "vae" and self.step == 0 and self.fresh:
             scenes = [next(stream) for _ in range(4)]
             videos = torch.cat([fold(s[key]) for s in scenes for key in ("video", "pseudo")])
@@ -553,9 +574,9 @@ class Trainer:
         count = settings.batch or recipe["batch"]
         sizes = ", ".join(f"{name} {count_parameters(network) / 1e6:.2f} M"
                           for name, network in self.models.networks.items())
-        name = torch.cuda.get_device_name() if self.device.type == "cuda" else platform.processor()
         why = "measured faster" if settings.precision == "auto" else "as told"
-        self.say(f"device {self.device} {name}, {'bf16' if bf16 else 'fp32'} ({why}); {sizes}")
+        self.say(f"device {device_name(self.device)}, {'bf16' if bf16 else 'fp32'} ({why}); "
+                 f"{sizes}")
         self.say(f"{recipe['views']} views x {recipe['frames']} frames x {recipe['size'][0]}x"
                  f"{recipe['size'][1]}, {recipe['tracks']} tracks; batch {count} scenes x "
                  f"{recipe['views']} views x {self.world} processes = "
@@ -598,10 +619,11 @@ class Trainer:
         for name, network in averaged.to(self.device).networks.items():
             network.load_state_dict(state[name])
             network.eval()
-        split = "val" if self.settings.data == "synthetic" else "all"
-        dataset = make_dataset(self.settings, self.recipe, split)
-        batch = default_collate([dataset[i] for i in range(min(scenes, len(dataset)))])
-        batch = to_device(batch, self.device)
+        if self.held_out is None:
+            split = "val" if self.settings.data == "synthetic" else "all"
+            dataset = make_dataset(self.settings, self.recipe, split)
+            self.held_out = default_collate([dataset[i] for i in range(min(scenes, len(dataset)))])
+        batch = to_device(self.held_out, self.device)
         truth = batch["video"]
         with self.autocast:
             if self.stage == "vae":
@@ -650,8 +672,6 @@ class Trainer:
             for name in self.names:
                 self.models.networks[name].load_state_dict(self.average[name])
         self.save()
-        if self.rank == 0:
-            plot_losses(self.out)
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2 ** 30
         else:
@@ -663,6 +683,7 @@ class Trainer:
 # ------------------------------------------------------------------------------------- benchmark
 
 BENCHMARKED = {"cpu": ("small", "taco"), "cuda": ("small", "taco", "paper")}       # presets
+TOO_LONG = 10.0          # seconds at the device's matrix rate from which a case is left out
 
 
 def block_flops(views, frames, places, dim, hidden, text):
@@ -692,45 +713,141 @@ def seconds_of(function, device, least=0.5):
     return min(times[1:])
 
 
-def time_block(device, preset, views=3, shape=None, backward=True, fused=True, full=False):
-    """Seconds of one block of a preset's MJD in bf16, and FLOPs, on latents `shape` (n, h, w).
-    full: one attention over all views and frames in place of the two, the comparison."""
-    size, vae, recipe = PRESETS[preset]["mjd"], PRESETS[preset]["vae"], RECIPES[preset]
-    if shape is None:
-        shape = VideoVAE.latent_size(SimpleNamespace(strides=vae["strides"]), recipe["frames"],
-                                     *recipe["size"])
-    (frames, *sides), dim = shape, size["dim"]
-    layout = Layout(frames, *(side // 2 for side in sides), dim // size["heads"], device)
-    with torch.device(device):
-        block = Block(dim, size["heads"], size["mlp"])
-        x = torch.randn(1, views, len(layout.within[0]), dim, dtype=torch.bfloat16)
-        rows = torch.randn(1, views, frames + 1, 6, dim)
-        text = torch.randn(1, size["text_tokens"], dim)
-        mask = torch.ones(1, size["text_tokens"], dtype=torch.bool)
-
-    def step():
-        with torch.autocast(device.type, torch.bfloat16), torch.set_grad_enabled(backward):
-            if full:                                          # (1, 1, V T, D): one view of all
-                rotary = [table.repeat(views, 1) for table in layout.within]
-                out = block.intra_view(x.flatten(1, 2), rotary, fused)
-            else:
-                out = block(x, rows, layout, text, mask, fused)
-        if backward:
-            out.sum().backward()
-    places = layout.places
-    flops = block_flops(views, frames, places, dim, size["mlp"], size["text_tokens"])
-    if full:
-        tokens = views * x.shape[2]
-        flops = 8 * dim ** 2 * tokens + 4 * dim * tokens ** 2
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    seconds = seconds_of(step, device)
-    memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else math.nan
-    return seconds, flops * (3 if backward else 1), memory
+def latent_shape(preset):
+    """(n, h, w) of the latents that a preset trains on."""
+    strides = SimpleNamespace(strides=PRESETS[preset]["vae"]["strides"])
+    return VideoVAE.latent_size(strides, RECIPES[preset]["frames"], *RECIPES[preset]["size"])
 
 
-def time_models(device, preset):
-    """{part: seconds} of everything around the blocks: VAE, DPA, world, a whole sampling step."""
+def kept_gib(forward):
+    """GiB that autograd keeps of a forward pass for the backward pass, weights not counted."""
+    kept = {}
+
+    def note(tensor):
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        out = forward()                                       # lives, so no storage is used twice
+    return sum(kept.values()) / 2 ** 30 if out.requires_grad else 0.0
+
+
+class Case:
+    """A block of a preset's MJD, or the whole network, on one sample, to be timed.
+
+    shape: latents (n, h, w); whole: the network, not a block; full: one attention over all views
+    and frames in place of the two, the comparison. flops: of a forward pass; of the network only
+    the blocks', 96 % and more of it at these sizes.
+    """
+
+    def __init__(self, device, preset, dtype, views=3, shape=None, whole=False, full=False):
+        size, channels = PRESETS[preset]["mjd"], PRESETS[preset]["vae"]["channels"]
+        frames, height, width = shape = shape or latent_shape(preset)
+        dim, hidden, text = size["dim"], size["mlp"], size["text_tokens"]
+        self.layout = Layout(frames, height // 2, width // 2, dim // size["heads"], device)
+        self.device, self.dtype, self.whole, self.full = device, dtype, whole, full
+        with torch.device(device):
+            self.network = MJD(channels, **size) if whole else Block(dim, size["heads"], hidden)
+            self.text = torch.randn(1, text, dim), torch.ones(1, text, dtype=torch.bool)
+            latents = torch.randn(1, views, channels, *shape)
+            self.whole_input = (latents, latents, torch.tensor([0.5]), self.text, torch.randn(
+                1, views, 6, height, width), torch.ones(1, views, dtype=torch.bool))
+            self.x = torch.randn(1, views, len(self.layout.within[0]), dim, dtype=dtype)
+            self.rows = torch.randn(1, views, frames + 1, 6, dim)
+        self.flops = block_flops(views, frames, height * width // 4, dim, hidden, text)
+        if whole:
+            self.flops *= size["depth"]
+        if full:
+            tokens = views * self.x.shape[2]
+            self.flops = 8 * dim ** 2 * tokens + 4 * dim * tokens ** 2
+
+    def forward(self, fused):
+        """One forward pass."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            if self.whole:
+                self.network.fused = fused
+                return self.network(*self.whole_input)[1]
+            if self.full:                                     # (1, 1, V T, D): one view of all
+                rotary = [table.repeat(self.x.shape[1], 1) for table in self.layout.within]
+                return self.network.intra_view(self.x.flatten(1, 2), rotary, fused)
+            return self.network(self.x, self.rows, self.layout, *self.text, fused)
+
+    def seconds(self, backward=True, fused=True, compiled=False):
+        """Time of a forward pass, with `backward` of the backward pass too."""
+        def step():
+            with torch.set_grad_enabled(backward):
+                out = self.forward(fused)
+            if backward:
+                out.sum().backward()
+        if compiled:
+            for block in getattr(self.network, "blocks", [self.network]):
+                block.compile()
+        return seconds_of(step, self.device)
+
+
+def time_blocks(device, preset, dtype, limit):
+    """A table row (dict) for every way to run a block and the network of a preset."""
+    tokens = tokens_per_view(RECIPES[preset]["frames"], *RECIPES[preset]["size"], preset)
+    best = device.type == "cuda" or tokens > 1000             # the Trainer's choice of attention
+    ways = [(False, *way, False) for way in itertools.product((False, True), (False, True))]
+    ways += [(False, True, best, True)]
+    if preset != "paper":                                     # of which one block is enough
+        ways += [(True, False, best, False), (True, True, best, False), (True, True, best, True)]
+    for whole, backward, fused, compiled in ways:
+        case = Case(device, preset, dtype, whole=whole)
+        flops = case.flops * (3 if backward else 1)
+        row = dict(preset=preset, part="network" if whole else "block", backward=backward,
+                   fused=fused, compiled=compiled, seconds=None, share=None, gib=None)
+        if flops / limit < TOO_LONG:
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            row["seconds"] = case.seconds(backward, fused, compiled)
+            row["share"] = flops / row["seconds"] / limit
+            if device.type == "cuda":
+                row["gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
+        timed = "left out: too long" if row["seconds"] is None else \
+            f"{1e3 * row['seconds']:9.1f} ms {row['share']:6.1%} of the limit"
+        print(f"{preset:6}{row['part']:8}{'forward+backward' if backward else 'forward':17}"
+              f"{'fused' if fused else 'by hand':8}{'compiled' if compiled else '':9}{timed}")
+        yield row
+
+
+def training_memory(device, preset, dtype):
+    """GiB that training the MJD on one sample takes, of a block's measured need: a dict."""
+    case, depth = Case(device, preset, dtype), PRESETS[preset]["mjd"]["depth"]
+    with torch.device("meta"):
+        network = MJD(PRESETS[preset]["vae"]["channels"], **PRESETS[preset]["mjd"])
+    states = 20 * count_parameters(network) / 2 ** 30     # fp32: weight, gradient, AdamW 2, average
+    block, x = kept_gib(lambda: case.forward(True)), case.x.nbytes / 2 ** 30
+    row = dict(preset=preset, dtype=str(dtype), states=states, kept=depth * block,
+               kept_checkpointing=depth * x + block)
+    print(f"{preset:6}training memory of one sample: weights to averages {states:.2f} GiB, kept "
+          f"for the backward pass {row['kept']:.2f} GiB, {row['kept_checkpointing']:.2f} with "
+          "--checkpointing")
+    return row
+
+
+def time_scaling(device, preset, dtype):
+    """Rows of how the time of a block, and of one full attention, grows with V, N and H W."""
+    base = (4, 8, 12)
+    scaled = {"views": [(v, base) for v in (1, 2, 3, 6)],
+              "frames": [(3, (n, 8, 12)) for n in (2, 4, 8, 16)],
+              "pixels": [(3, (4, 8 * r, 12 * r)) for r in (1, 2, 3)]}
+    for axis, full in itertools.product(scaled, (False, True)):
+        cases = [Case(device, preset, dtype, *size, full=full) for size in scaled[axis]]
+        seconds = [case.seconds() for case in cases]
+        sizes = [views * math.prod(shape) for views, shape in scaled[axis]]
+        measured, counted = (np.polyfit(np.log(sizes), np.log(column), 1)[0]
+                             for column in (seconds, [case.flops for case in cases]))
+        print(f"{axis:6} {'full attention' if full else 'block':14} "
+              f"{', '.join(f'{1e3 * s:.1f}' for s in seconds)} ms, exponent {measured:.2f}, "
+              f"of FLOPs {counted:.2f}")
+        yield dict(axis=axis, full=full, tokens=sizes, exponent=measured,
+                   flops_exponent=counted, seconds=seconds)
+
+
+def time_models(device, preset, dtype):
+    """{part: seconds} of everything around the MJD: VAE, DPA, world, a whole sampling step."""
     recipe, config = RECIPES[preset], make_config(preset, RECIPES[preset])
     shape = {key: recipe[key] for key in ("size", "frames", "views", "tracks")}
     models = build_models(config).to(device)
@@ -738,16 +855,21 @@ def time_models(device, preset):
     batch = dataset.batch([0])
     cameras, anchors = (batch["intrinsics"], batch["extrinsics"]), true_anchors(batch)
     given = torch.ones(1, recipe["views"], dtype=torch.bool, device=device)
+    now = torch.full((1,), 0.5, device=device)
 
     def sampling(**switches):
         return lambda: list(sample(models, batch["video"][:, :, :, 0], given, batch["prompt"],
                                    cameras, recipe["frames"], 4, num_tracks=recipe["tracks"],
                                    anchors=anchors, **switches))
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         latents = encode(models.vae, batch["video"], "video")
+        coarse = read_tracks(models.vae, latents, batch["scale"], cameras, recipe["tracks"],
+                             anchors)
+        points = torch.randn_like(batch["tracks"])
         found = {"world, one scene": lambda: dataset.batch([1]),
                  "VAE encode, all views": lambda: encode(models.vae, batch["video"], "video"),
                  "VAE decode, all views": lambda: decode(models.vae, latents, "video"),
+                 "DPA": lambda: align(models.dpa, points, coarse, now, cameras, recipe["size"]),
                  "sampling step, no loop": sampling(use_dpa=False),
                  "sampling step, full loop": sampling()}
         return {name: seconds_of(function, device) / (4 if "step" in name else 1)
@@ -755,38 +877,21 @@ def time_models(device, preset):
 
 
 def benchmark(device, path=None):
-    """--benchmark: what limits the speed on this machine, as a table and as JSON."""
+    """--benchmark: what limits the speed on this machine, as tables and as JSON."""
+    dtype = torch.bfloat16 if bf16_is_faster(device) else torch.float32
     side = 8192 if device.type == "cuda" else 2048
-    matrix = torch.randn(side, side, device=device, dtype=torch.bfloat16)
+    matrix = torch.randn(side, side, device=device, dtype=dtype)
     limit = 2 * side ** 3 / seconds_of(lambda: matrix @ matrix, device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
-    report = {"device": f"{device} {name}", "threads": torch.get_num_threads(), "torch":
-              torch.__version__, "matrix_tflops": limit / 1e12, "blocks": [], "scaling": []}
-    print(f"{report['device']}: {limit / 1e12:.2f} TFLOP/s in bf16 products of {side}^2 matrices")
+    report = dict(device=device_name(device), torch=torch.__version__, dtype=str(dtype),
+                  matrix_tflops=limit / 1e12)
+    print(f"{report['device']}: {limit / 1e12:.2f} TFLOP/s in {dtype} products of {side}^2 "
+          "matrices, the limit")
     presets = BENCHMARKED[device.type]
-    for preset, backward, fused in itertools.product(presets, (False, True), (False, True)):
-        seconds, flops, memory = time_block(device, preset, backward=backward, fused=fused)
-        report["blocks"].append(dict(preset=preset, backward=backward, fused=fused, gib=memory,
-                                     seconds=seconds, share=flops / seconds / limit))
-        print(f"{preset:6} block {'forward+backward' if backward else 'forward':17}"
-              f"{'fused' if fused else 'manual':7} {1e3 * seconds:9.2f} ms "
-              f"{flops / seconds / 1e12:8.3f} TFLOP/s {flops / seconds / limit:6.1%}")
-    base = (4, 8, 12)
-    scaled = {"views": [(v, base) for v in (1, 2, 3, 6)],
-              "frames": [(3, (n, 8, 12)) for n in (2, 4, 8, 16)],
-              "pixels": [(3, (4, 8 * r, 12 * r)) for r in (1, 2, 3)]}
-    for axis, full in itertools.product(scaled, (False, True)):
-        sizes = [views * math.prod(shape) for views, shape in scaled[axis]]
-        rows = [time_block(device, presets[0], views, shape, full=full)
-                for views, shape in scaled[axis]]
-        measured, counted = (np.polyfit(np.log(sizes), np.log(column), 1)[0]
-                             for column in list(zip(*rows))[:2])
-        report["scaling"].append(dict(axis=axis, full=full, tokens=sizes, exponent=measured,
-                                      flops_exponent=counted, seconds=[row[0] for row in rows]))
-        print(f"{axis:6} {'full attention' if full else 'block':14} "
-              f"{', '.join(f'{1e3 * row[0]:.1f}' for row in rows)} ms, exponent {measured:.2f}, "
-              f"of FLOPs {counted:.2f}")
-    report["parts"] = time_models(device, presets[0])
+    report["blocks"] = [row for preset in presets
+                        for row in time_blocks(device, preset, dtype, limit)]
+    report["memory"] = [training_memory(device, preset, dtype) for preset in presets]
+    report["scaling"] = list(time_scaling(device, presets[0], dtype))
+    report["parts"] = time_models(device, presets[0], dtype)
     for part, seconds in report["parts"].items():
         print(f"{part:26} {1e3 * seconds:9.1f} ms")
     if path:
@@ -794,6 +899,14 @@ def benchmark(device, path=None):
 
 
 # ----------------------------------------------------------------------------------- small parts
+
+def device_name(device):
+    """What the logs call a device: the card, or the CPU's kind, vector units and threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return (f"{platform.processor() or platform.machine()} "
+            f"{torch.backends.cpu.get_cpu_capability()} x {torch.get_num_threads()} threads")
+
 
 def make_recipe(settings):
     """The preset's recipe with --size in place."""
@@ -840,8 +953,7 @@ def plot_losses(folder):
     import matplotlib.pyplot as plt
     records = [json.loads(line) for line in open(folder / "log.jsonl")]
     stages = [stage for stage in STAGES if any(r["stage"] == stage for r in records)]
-    figure, axes = plt.subplots(1, len(stages), figsize=(5 * len(stages), 3.5), squeeze=False,
-                                layout="constrained")
+    figure, axes = plt.subplots(1, len(stages), figsize=(5 * len(stages), 3.5), squeeze=False)
     ignored = {"stage", "step", "gradient", "rate", "seconds", "seconds_per_step", "moving_psnr",
                "still_psnr", "hidden_psnr", "tracks_cm", "still_cm"}
     for axis, stage in zip(axes[0], stages):
@@ -851,7 +963,7 @@ def plot_losses(folder):
             axis.plot(*zip(*points), label=key)
         axis.set(title=stage, xlabel="step", yscale="log")
         axis.legend()
-    figure.savefig(folder / "loss.png", dpi=100)
+    figure.savefig(folder / "loss.png", dpi=100, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -878,7 +990,9 @@ def main(arguments=None):
             trainer.run(stage)
             if trainer.interrupted:
                 print(f"saved; go on with: python train.py {' '.join(sys.argv[1:])} --resume")
-                return 0
+                break
+        if trainer.rank == 0:
+            plot_losses(trainer.out)
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
