@@ -304,11 +304,11 @@ def joint_losses(models, batch, scheduler, use_guidance=True, use_dpa=True, text
                  generators=None):
     """Alg. 1, one training step: a dict of loss parts whose sum is L = L_MJD + L_DPA (line 7).
 
-    batch: a collated sample dict of data.py, on the models' device, with `video` and
-    `pseudo`, or what encode_sample() makes of them. use_guidance=False leaves out
-    line 3, use_dpa=False lines 3, 5 and 6: so train.py warms the MJD up, and so it drops the
-    guidance at random, that the loop can be switched off. generators: see draw(), one a sample. The
-    paper gives no weights for the parts: they are 1.
+    batch: a collated sample dict of data.py (B,V,...), on the models' device, with `video` and
+    `pseudo`, or what encode_sample() makes of them. use_guidance=False leaves out line 3,
+    use_dpa=False lines 3, 5 and 6: so train.py warms the MJD up, and so it drops the guidance at
+    random, that the loop can be switched off. generators: see draw(), one a sample. The paper gives
+    no weights for the parts: they are 1.
     """
     noisy = diffuse(models, batch, scheduler, text_dropout, generators)           # lines 1, 2
     guidance = refine(models, noisy, scheduler) if use_guidance and use_dpa else None
@@ -319,7 +319,11 @@ def joint_losses(models, batch, scheduler, use_guidance=True, use_dpa=True, text
 
 
 def diffuse(models, batch, scheduler, text_dropout=0.1, generators=None):
-    """Alg. 1, lines 1 and 2: encode everything and add noise of one common t. A namespace."""
+    """Alg. 1, lines 1 and 2: encode everything, and add noise at one t (B,) a sample.
+
+    A namespace: latents, their noise and z_t (B,V,C,n,h,w), points, their noise and M_t (B,V,N,K,3)
+    normalised, scale (B,V,2) in metres, anchors (B,V,K,2) in pixels, cameras, rays, prompts, given.
+    """
     (count, views), device = batch["tracks"].shape[:2], models.device
     cameras = batch["intrinsics"], batch["extrinsics"]
     generators = generators or [None] * count
@@ -377,7 +381,8 @@ def refine(models, noisy, scheduler):
 
 
 def mjd_losses(mjd, noisy, scheduler, guidance=None):
-    """Alg. 1, line 4: L_MJD (Eq. 3) in parts, the clean motion estimate and s^ for line 5."""
+    """Alg. 1, line 4: L_MJD (Eq. 3) in parts; for line 5 the clean motion estimate (B,V,C,n,h,w)
+    and s^ (B,V,2) in metres. noisy: of diffuse(); guidance: of refine(), or None."""
     velocity_video, velocity_motion, scale = mjd(          # see mjd.py for how guidance is "added"
         noisy.video_t, noisy.motion_t, noisy.t, mjd.encode_text(noisy.prompts), noisy.rays,
         noisy.given, guidance)

@@ -625,7 +625,8 @@ def look(eye, aim, focal, size):
 
 
 def rig(draw, views, size, sides=(-40, 0, 40)):
-    """Static cameras opposite the person: left, centre, right, left, ... with jitter."""
+    """Static cameras opposite the person: left, centre, right, left, ... with jitter:
+    intrinsics (V,3,3) in pixels and extrinsics (V,4,4), world -> camera."""
     cameras = []
     for view in range(views):
         side = math.radians(sides[view % len(sides)] + draw(-9, 9))
@@ -696,7 +697,8 @@ def lay_out(action, tool, target, draw, frames, views, size):
 
 
 def meet_quadric(origin, direction, shape):
-    """First depth at which a ray meets x^2 + y^2 = a + b z + c z^2 inside its clips, or inf."""
+    """First depth (R,S) at which rays, coordinates (R,S), meet x^2 + y^2 = a + b z + c z^2 with z
+    in [low, high], or inf; shape: a, b, c, low, high (R,1) each."""
     (ox, oy, oz), (dx, dy, dz), (a, b, c, low, high) = origin, direction, shape
     square = dx * dx + dy * dy - c * dz * dz
     half = ox * dx + oy * dy - (c * oz + .5 * b) * dz
@@ -711,7 +713,7 @@ def meet_quadric(origin, direction, shape):
 
 
 def meet_box(origin, direction, shape):
-    """First depth at which a ray meets the cube [-1,1]^3, or inf."""
+    """First depth (R,S) at which rays, coordinates (R,S), meet the cube [-1,1]^3, or inf."""
     one, two = ([(side - o) / d for o, d in zip(origin, direction)] for side in (-1, 1))
     (x0, y0, z0), (x1, y1, z1) = map(torch.minimum, one, two), map(torch.maximum, one, two)
     enter = torch.maximum(torch.maximum(x0, y0), z0)
@@ -932,7 +934,7 @@ def surface_tracks(scene, uv, depth, piece, size, count):
 
 @torch.no_grad()
 def render(scene, size, tracks):
-    """The tensors of a sample dict, with a leading batch axis, of a batch of scenes."""
+    """The tensors of a sample dict (B,V,...) of a batch of scenes, the tables of lay_out()."""
     cameras = {key: scene[key] for key in ("intrinsics", "extrinsics")}
     uv = rearrange(pixel_centres(size, scene["lamp"].device), "h w xy -> xy 1 (h w) 1")
     uv = uv + SAMPLES.to(uv)[:, None, None]

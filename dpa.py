@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
+from torch.utils.checkpoint import checkpoint
 from torch import nn
 
 from mjd import attention, mlp, rms_norm, timestep_embedding, zero_init
@@ -276,14 +277,14 @@ class Block(nn.Module):
         return x + mlp_gate * self.mlp(modulate(x, mlp_shift, mlp_scale))
 
     def inter_view(self, x, curve):
-        """Inter-view geometry attention: points of one time step and patch, whatever their view."""
+        """Inter-view geometry attention of x (B,N,V,K,D): points of one time step and patch."""
         patches = x.flatten(0, 3).index_select(0, curve.gather)
         patches = patches.view(len(curve.filled), -1, x.shape[-1])           # (G patches, patch, D)
         mixed = self.patches(patches, patches, curve.filled)
         return mixed.flatten(0, 1).index_select(0, curve.rank).view_as(x)
 
     def along_track(self, x, coarse, valid):
-        """4D-conditioned cross-attention to the valid coarse points of the track, all frames.
+        """4D-conditioned cross-attention of x (B,N,V,K,D) to its track's valid coarse points.
 
         Beyond the paper, the track's own points are keys too: its error is much the same in all
         frames, so what one frame has learned from its neighbours serves the others.
@@ -305,6 +306,7 @@ class DPA(nn.Module):
         if dim % (2 * heads):
             raise ValueError(f"dim must be a multiple of 2 x heads, got {dim} and {heads} heads")
         self.patch, self.voxel_size, self.scene_radius = patch, voxel_size, scene_radius
+        self.checkpointing = False     # can be switched on at any time: less memory, more time
         self.register_buffer("scene_centre", torch.tensor([0.0, 0.0, 0.05]))
         known = 3 + 3 + 1 + 16 + 12   # the channels of `describe`
         self.embed_point = nn.Linear(3 + known, dim)
@@ -363,7 +365,11 @@ class DPA(nn.Module):
         valid = rearrange(valid, "b view frame track -> (b view track) 1 1 frame")
         time = self.embed_time(timestep_embedding(t, x.shape[-1]))[:, None, None, None]
         for i, block in enumerate(self.blocks):
-            x = block(x, time, coarse, valid, layout, layout.curves[i % 2])
+            arguments = (x, time, coarse, valid, layout, layout.curves[i % 2])
+            if self.checkpointing and self.training:
+                x = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x = block(*arguments)
         x = self.head(modulate(x, *self.modulation(time).chunk(2, -1))).float()
         return rearrange(x, "b frame view track channel -> b view frame track channel")
 
@@ -417,7 +423,7 @@ def toy_scenes(count, frames=4, tracks=64):
 
 
 def flow_loss(dpa, truth, t, **condition):
-    """L_DPA = MSE(v̄, v) + Chamfer(M̄, M) of Eq. 4, and the one-step estimate M̄ in metres."""
+    """L_DPA = MSE(v̄, v) + Chamfer(M̄, M) of Eq. 4, and the estimate M̄ (B,V,N,K,3) in metres."""
     clean, time = dpa.normalise(truth), t[:, None, None, None, None]
     noise = torch.randn_like(clean)
     noisy = (1 - time) * clean + time * noise

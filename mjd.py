@@ -64,7 +64,7 @@ def attention(q, k, v, mask=None, fused=False):
 
 
 def rms_norm(x, eps=1e-6):
-    """x / rms(x) over the last axis, without weights, in x's dtype.
+    """x / rms(x) over the last axis of x (..., D), without weights, in x's dtype.
 
     Wan has LayerNorm here; without weights and in bf16 this is three times faster on a CPU.
     """
@@ -289,7 +289,7 @@ class VideoVAE(nn.Module):
 # ---------------------------------------------------------------------------------- transformer
 
 class RMSNorm(nn.Module):
-    """rms_norm with a weight a channel, in x's dtype."""
+    """rms_norm of x (..., D) with a weight a channel, in x's dtype."""
 
     def __init__(self, dim):
         super().__init__()
@@ -300,7 +300,8 @@ class RMSNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention; q and k are RMS-normalised over the full width (as in Wan2.2)."""
+    """Multi-head self-attention of x (batch, tokens, D), turned by rotary (cos, sin), each (tokens,
+    head_dim/2); q and k are RMS-normalised over the full width, as in Wan2.2."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -427,8 +428,8 @@ class Block(nn.Module):
         return x + gate_mlp * self.mlp(rms_norm(x) * (1 + scale_mlp) + shift_mlp)
 
     def between_views(self, x, layout, fused):
-        """Inter-view geometry attention: all views at one latent time, each modality by itself.
-        Scale and register tokens have no time and no place: they are left as they are."""
+        """Inter-view geometry attention of x (B,V,T,D): all views at one latent time, each
+        modality by itself. Scale and register tokens have no time and no place: they get 0."""
         visual = x[:, :, layout.special:]                                     # (B, V, 2nhw, D)
         batch, views = x.shape[:2]
         visual = rearrange(visual, "b v (m n p) d -> (b m n) (v p) d", m=2, n=layout.frames)
@@ -437,7 +438,7 @@ class Block(nn.Module):
         return F.pad(visual, (0, 0, layout.special, 0))
 
     def within_view(self, x, layout, fused):
-        """Intra-view spatiotemporal attention: all frames and both modalities of one view."""
+        """Intra-view spatiotemporal attention of x (B,V,T,D): all frames, both modalities."""
         out = self.intra_view(x.flatten(0, 1), layout.within, fused)          # (B*V, T, D)
         return out.unflatten(0, x.shape[:2])
 
@@ -553,7 +554,7 @@ class MJD(nn.Module):
                          y=self.patch, x=self.patch)
 
     def unpatchify(self, tokens, layout):
-        """The inverse of patchify, float32."""
+        """The inverse of patchify: (B,V,n h/p w/p,C p p) -> (B,V,C,n,h,w), float32."""
         return rearrange(tokens.float(), "b v (n h w) (c y x) -> b v c n (h y) (w x)",
                          n=layout.frames, h=layout.height, y=self.patch, x=self.patch)
 

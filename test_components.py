@@ -15,12 +15,14 @@ import functools
 import itertools
 import json
 import math
+import multiprocessing
 import pickle
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -657,6 +659,23 @@ def test_flops_formula_equals_a_counter(models, run, tmp_path, monkeypatch):
     assert kept > tokens * 4 * (64 + 2 * 128) and "kept_checkpointing" in report["memory"][0]
 
 
+def test_checkpointing_keeps_less_and_computes_the_same(batch):
+    models, outcomes = awake_models(), []
+    for network in (models.mjd.train(), models.dpa.train()):
+        network.requires_grad_(True)
+    noisy = cycle.diffuse(models, batch, cycle.DDIMScheduler("flow"), generators=[seeded()] * 2)
+    for on in (False, True):
+        models.mjd.checkpointing = models.dpa.checkpointing = on
+        parts = []
+
+        def losses():
+            parts.append(cycle.mjd_losses(models.mjd, noisy, cycle.DDIMScheduler("flow")))
+            points = cycle.dpa_losses(models, noisy, cycle.DDIMScheduler("flow"), *parts[0][1:])
+            return sum({**parts[0][0], **points}.values())
+        outcomes.append((train.kept_gib(losses), parts[0][0]["video"]))
+    assert outcomes[1][0] < outcomes[0][0] / 3 and outcomes[0][1] == outcomes[1][1]
+
+
 def test_blocks_are_nearly_all_of_the_networks_flops():
     case = train.Case(torch.device("cpu"), "small", torch.float32, whole=True)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -935,6 +954,31 @@ def test_a_checkpoint_is_old_or_new_and_never_half(tmp_path, monkeypatch):
     assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]
 
 
+def kill_while_working(work, seconds):
+    """Runs work() again and again in a process that gets kill -9 after so many seconds."""
+    def forever():
+        torch.set_num_threads(1)                     # OpenMP's threads do not survive a fork
+        for _ in itertools.count():
+            work()
+    process = multiprocessing.get_context("fork").Process(target=forever)
+    process.start()
+    time.sleep(seconds)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def test_kill_9_leaves_a_whole_checkpoint(tmp_path):
+    path, count = tmp_path / "checkpoint.pt", itertools.count()
+    train.write_atomically(path, {"x": torch.zeros(1_000_000)})
+    for trial in range(6):
+        kill_while_working(lambda: train.write_atomically(
+            path, {"x": torch.full((1_000_000,), float(next(count)))}), 0.1 + 0.023 * trial)
+        found = torch.load(path, weights_only=True)["x"]
+        assert found.shape == (1_000_000,) and (found == found[0]).all()
+    assert found[0] > 0 and len(list(tmp_path.iterdir())) <= 2        # no heap of half files
+
+
 def test_a_larger_picture_goes_on_with_the_same_weights(run, tmp_path, capsys):
     assert run(tmp_path, "--stage joint --steps 2 --size 32x32") == 0
     before = torch.load(tmp_path / "checkpoint.pt")
@@ -1010,6 +1054,25 @@ def test_sample_writes_its_files_and_the_same_ones_again(shoot):
     assert saved["tracks"].shape == (2, 5, 32, 3) and saved["valid"].shape == (2, 5, 32)
     assert {"anchors", "intrinsics", "extrinsics", "scale", "fps", "prompt"} <= set(saved)
     assert iio.imread(out / "video_view1.mp4").shape[0] == 5
+
+
+def test_kill_9_leaves_whole_results(shoot, tmp_path, monkeypatch):
+    for name in ("overview", "animation"):           # the slow ones; they go the way of the others
+        monkeypatch.setattr(sample, name, lambda result, path: path.write_bytes(b"x" * 10_000_000))
+    _, _, one = shoot()
+    other, files = copy.copy(one), {}
+    other.video, other.tracks = one.video.flip(2), one.tracks.flip(1)
+    for name, result in (("one", one), ("other", other)):
+        (tmp_path / name).mkdir()
+        sample.write_results(result, tmp_path / name)
+        files[name] = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+    assert files["one"] != files["other"]
+    results = itertools.cycle([other, one])
+    for trial in range(3):
+        kill_while_working(lambda: sample.write_results(next(results), tmp_path / "one"),
+                           0.7 + 0.31 * trial)
+        for path in (tmp_path / "one").iterdir():
+            assert path.read_bytes() in (files["one"][path.name], files["other"][path.name])
 
 
 def test_viewer_shows_the_saved_tracks(shoot):
@@ -1126,6 +1189,28 @@ def test_readme_is_true_and_the_paper_is_cited(capsys):
     for script in [*SCRIPTS, Path(__file__)]:
         count = len(script.read_text().splitlines())
         assert abs(int(lines[script.name].replace(",", "")) - count) <= 0.05 * count, script.name
+
+
+# Functions of the four libraries that take and return no tensors, or any.
+SHAPELESS = """full_precision zero_init mlp tokens_per_view count_parameters mixed hue cone bowl ball
+    disc actions scene describe batch find_class read_pickle as_array load_mano stable_hash attempt
+    note summary split_of inspect load build film taco_contact_sheet taco_lesson lesson_picture
+    bf16_is_faster build_models load_models to device networks check_shapes
+    check_sample_inputs main lesson""".split()
+
+
+@pytest.mark.parametrize("script", SCRIPTS[:4], ids=lambda path: path.name)
+def test_docstrings_give_shapes(script):
+    shape, silent = re.compile(r"\([^()]*,[^()]*\)|\(\w\)"), []
+    for node in ast.parse(script.read_text()).body:
+        inner = node.body if isinstance(node, ast.ClassDef) else []
+        spoken = ast.get_docstring(node) if inner else None
+        for function in [node] * isinstance(node, ast.FunctionDef) + inner:
+            name = getattr(function, "name", "_")
+            if isinstance(function, ast.FunctionDef) and name[0] != "_" and name not in SHAPELESS:
+                words = f"{spoken} {ast.get_docstring(function)}"
+                silent += [name] * (not shape.search(words))
+    assert not silent
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

@@ -42,6 +42,7 @@ from cycle import (DDIMScheduler, align, bf16_is_faster, build_models, decode, d
                    draw, encode, encode_sample, fold, joint_losses, load_models, mjd_losses,
                    moving_psnr, read_tracks, sample, true_anchors)
 from data import FOREGROUND_THRESHOLD, TACO, SyntheticHOI, film_strip, stable_hash
+from dpa import DPA
 from mjd import (MJD, PRESETS, REGISTER_TOKENS, SCALE_TOKENS, Block, Layout, VideoVAE,
                  count_parameters, tokens_per_view)
 
@@ -60,11 +61,11 @@ RECIPES = {
                   dpa=dict(dim=96, depth=3, heads=2, patch=64)),
     "taco": dict(size=(256, 384), frames=25, views=3, tracks=1024,
                  rate=dict(vae=5e-4, mjd=2e-4, dpa=5e-4), batch=1,
-                 steps=dict(vae=50_000, base=40_000, dpa=20_000, joint=60_000),
+                 steps=dict(vae=50_000, base=40_000, dpa=20_000, joint=60_000), checkpointing=True,
                  dpa=dict(dim=192, depth=6, heads=6, patch=128)),
     "paper": dict(size=(480, 704), frames=49, views=3, tracks=1600,
                   rate=dict(vae=2e-4, mjd=1e-4, dpa=2e-4), batch=1,
-                  steps=dict(vae=100_000, base=5_000, dpa=5_000, joint=30_000),
+                  steps=dict(vae=100_000, base=5_000, dpa=5_000, joint=30_000), checkpointing=True,
                   dpa=dict(dim=256, depth=8, heads=8, patch=256)),
 }
 
@@ -100,7 +101,8 @@ class Settings:
     precision: str = option("auto", "auto: bf16 if measured faster",
                             choices=("auto", "fp32", "bf16"))
     compile: bool = option(False, "torch.compile the MJD's blocks (a minute to start)")
-    checkpointing: bool = option(False, "recompute activations block by block to save memory")
+    checkpointing: bool = option(False, "recompute activations block by block to save memory "
+                                        "(taco and paper always do)")
     log_every: int = option(20, "steps between log lines")
     save_every: int = option(200, "steps between checkpoints")
     sample_every: int = option(500, "steps between validation samples, 0 = never")
@@ -368,7 +370,8 @@ class Trainer:
         self.bf16 = bf16
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
         self.announce(bf16)
-        self.models.mjd.checkpointing = settings.checkpointing
+        for network in (self.models.mjd, self.models.dpa):
+            network.checkpointing = settings.checkpointing or self.recipe.get("checkpointing", False)
         # On a CPU the product by hand measured faster for few tokens (README, Speed).
         tokens = tokens_per_view(self.recipe["frames"], *self.recipe["size"], settings.preset)
         self.models.mjd.fused = cuda or tokens > 1000
@@ -813,16 +816,29 @@ def time_blocks(device, preset, dtype, limit):
 
 
 def training_memory(device, preset, dtype):
-    """GiB that training the MJD on one sample takes, of a block's measured need: a dict."""
-    case, depth = Case(device, preset, dtype), PRESETS[preset]["mjd"]["depth"]
+    """GiB that training on one sample takes, from what one block of each network keeps: a dict."""
+    config, recipe = make_config(preset, RECIPES[preset]), RECIPES[preset]
     with torch.device("meta"):
-        network = MJD(PRESETS[preset]["vae"]["channels"], **PRESETS[preset]["mjd"])
-    states = 20 * count_parameters(network) / 2 ** 30     # fp32: weight, gradient, AdamW 2, average
-    block, x = kept_gib(lambda: case.forward(True)), case.x.nbytes / 2 ** 30
-    row = dict(preset=preset, dtype=str(dtype), states=states, kept=depth * block,
-               kept_checkpointing=depth * x + block)
-    print(f"{preset:6}training memory of one sample: weights to averages {states:.2f} GiB, kept "
-          f"for the backward pass {row['kept']:.2f} GiB, {row['kept_checkpointing']:.2f} with "
+        models = build_models(config)
+    trained = count_parameters(models.mjd) + count_parameters(models.dpa)
+    case, depth = Case(device, preset, dtype), config["mjd"]["depth"]
+    slots = (1, recipe["views"], recipe["frames"], recipe["tracks"])
+    with torch.device(device):
+        dpa = DPA(**config["dpa"] | {"depth": 1})
+        points = torch.randn(*slots, 3) / 10
+        condition = (torch.full((1,), 0.5), torch.ones(slots, dtype=torch.bool),
+                     torch.rand(*slots[:2], slots[3], 2), torch.ones(*slots[:2], 3))
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        aligner = kept_gib(lambda: dpa(points, points, *condition))
+    block = kept_gib(lambda: case.forward(True))
+    inputs = (depth * case.x.nbytes + config["dpa"]["depth"] * points.nbytes / 3
+              * config["dpa"]["dim"] * case.x.itemsize / points.itemsize) / 2 ** 30
+    row = dict(preset=preset, dtype=str(dtype),
+               states=20 * trained / 2 ** 30,    # fp32: weight, gradient, two of AdamW, average
+               kept=depth * block + config["dpa"]["depth"] * aligner,
+               kept_checkpointing=block + aligner + inputs)
+    print(f"{preset:6}training memory of one sample: weights to averages {row['states']:.2f} GiB, "
+          f"kept for the backward pass {row['kept']:.2f} GiB, {row['kept_checkpointing']:.2f} with "
           "--checkpointing")
     return row
 
@@ -932,7 +948,7 @@ def make_config(preset, recipe):
 
 def write_atomically(path, state):
     """torch.save under a temporary name, flushed, renamed: a file is old or new, never half."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.new")
     try:
         with open(temporary, "wb") as file:
             torch.save(state, file)
