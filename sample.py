@@ -26,6 +26,7 @@ import tempfile
 import time
 import warnings
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations, permutations
 from pathlib import Path
 from types import SimpleNamespace
@@ -243,18 +244,23 @@ def generate(models, settings):
 def write_results(result, out):
     """All files into a hidden folder beside `out`, then each under its final name, whole."""
     draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+
+    def film(item):
+        (name, view), clip = item
+        iio.imwrite(draft / f"{name}_view{view}.mp4", enlarge(clip, 256), plugin="FFMPEG", fps=FPS,
+                    codec="libx264", quality=9, macro_block_size=2, ffmpeg_log_level="quiet")
+    clips = {("video", view): clip for view, clip in enumerate(result.video)}
+    clips |= {("motion", view): 2 * clip - 1 for view, clip in enumerate(result.pseudo)}
     try:
-        for name, clips in (("video", result.video), ("motion", 2 * result.pseudo - 1)):
-            for view, clip in enumerate(clips):
-                iio.imwrite(draft / f"{name}_view{view}.mp4", enlarge(clip, 256), plugin="FFMPEG",
-                            fps=FPS, codec="libx264", quality=9, macro_block_size=2,
-                            ffmpeg_log_level="quiet")
-        keys = ("tracks", "valid", "anchors", "intrinsics", "extrinsics", "scale")
-        np.savez(draft / "tracks.npz", fps=FPS, prompt=result.prompt,
-                 **{key: getattr(result, key).numpy() for key in keys})
-        overview(result, draft / "overview.png")
-        animation(result, draft / "overview.gif")
-        (draft / "viewer.html").write_text(viewer(result))
+        with ThreadPoolExecutor() as pool:        # which mostly wait for ffmpeg, so all at once
+            filmed = pool.map(film, clips.items())
+            keys = ("tracks", "valid", "anchors", "intrinsics", "extrinsics", "scale")
+            np.savez(draft / "tracks.npz", fps=FPS, prompt=result.prompt,
+                     **{key: getattr(result, key).numpy() for key in keys})
+            overview(result, draft / "overview.png")
+            animation(result, draft / "overview.gif")
+            (draft / "viewer.html").write_text(viewer(result))
+            list(filmed)                          # raises what a thread has raised
         names = sorted(path.name for path in draft.iterdir())
         for name in names:
             os.replace(draft / name, out / name)
