@@ -553,19 +553,20 @@ def check_sample_inputs(models, reference, given, prompts, cameras, steps, cycle
 # --------------------------------------------------------------------------------------- lesson
 
 def watch(models, scene, steps, **switches):
-    """Samples a scene with its true anchors; after each step: t, dB in moving pixels, mean error
-    in cm of coarse and of aligned tracks. Returns these rows and the last video (V,3,N,H,W)."""
+    """Samples a scene with its true anchors. Returns a row a step, (t, dB in moving pixels, mean
+    error in cm of coarse and of aligned tracks), and the videos (steps,V,3,N,H,W) at each step."""
     cameras = scene["intrinsics"][None], scene["extrinsics"][None]
     anchors = project(scene["tracks"][:, 0], *(c[0] for c in cameras))[0][None]
-    visible, rows = scene["visible"][None], []
+    visible, rows, videos = scene["visible"][None], [], []
     given = torch.tensor([[True] * len(scene["video"])])
     for state in sample(models, scene["video"][None, :, :, 0], given, [scene["prompt"]], cameras,
                         scene["video"].shape[2], steps, anchors=anchors,
                         num_tracks=anchors.shape[2], **switches):
         errors = [100 * (tracks - scene["tracks"]).norm(dim=-1)[visible].mean().item()
                   for tracks in (state.coarse.tracks, state.tracks)]
-        rows.append((state.t, moving_psnr(state.video()[0], scene["video"]), *errors))
-    return rows, state.video()[0]
+        videos.append(state.video()[0])
+        rows.append((state.t, moving_psnr(videos[-1], scene["video"]), *errors))
+    return rows, torch.stack(videos)
 
 
 def lesson(steps=8):
@@ -579,8 +580,8 @@ def lesson(steps=8):
                          views=config["views"], tracks=config["tracks"])[0]
     bf16 = bf16_is_faster(models.device)
     with torch.autocast(models.device.type, torch.bfloat16, enabled=bf16):
-        on, video = watch(models, scene, steps)
-        off, _ = watch(models, scene, steps, cycle=False)
+        (on, videos_on), (off, videos_off) = (watch(models, scene, steps, cycle=loop)
+                                              for loop in (True, False))
     still = scene["video"][:, :, :1].expand_as(scene["video"])
     print(f"{scene['prompt']}, {steps} steps, three references; first frame repeated: "
           f"{moving_psnr(still, scene['video']):.2f} dB")
@@ -588,17 +589,22 @@ def lesson(steps=8):
     print("   t      loop on     off     loop on     off     loop on      off")
     for (t, *a), (_, *b) in zip(on, off):
         print(f"  {t:4.2f}" + "".join(f"  {x:10.2f}{y:8.2f}" for x, y in zip(a, b)))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 4), layout="constrained",
-                                         width_ratios=(1, 2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(16, 5), layout="constrained",
+                                         width_ratios=(1, 2.4))
     for rows, loop, style in ((on, "loop on", "-"), (off, "loop off", "--")):
         for index, name in ((2, "coarse"), (3, "aligned")):
             left.plot([row[0] for row in rows], [row[index] for row in rows], style,
                       label=f"{name}, {loop}")
-    left.set(xlabel="t (1 = noise)", ylabel="mean track error, cm", xlim=(1, 0))
+    left.set(xlabel="t (1 = noise)", ylabel="mean track error, cm", xlim=(1, on[-1][0]))
     left.legend()
-    right.imshow(torch.cat([film_strip(clip[1], 7) for clip in (scene["video"], video)]))
-    right.set_title("centre view: truth above, sample below", fontsize=10)
-    right.axis("off")
+    view, middle = len(scene["video"]) // 2, config["frames"] // 2
+    films = [scene["video"][view], videos_on[-1, view],
+             *(videos[:, view, :, middle].transpose(0, 1) for videos in (videos_on, videos_off))]
+    right.imshow(torch.cat([film_strip(film, steps) for film in films]))
+    right.set_yticks((torch.arange(4) + 0.5) * config["size"][0], [
+        "truth, over time", "sample, over time", f"frame {middle} after\nevery step, loop on",
+        "loop off"])
+    right.set(xticks=[], title="centre view")
     Path("out").mkdir(exist_ok=True)
     figure.savefig("out/cycle.png", dpi=100)
     print("wrote out/cycle.png")
