@@ -108,7 +108,6 @@ def anchor_colours(anchors, depth, scale, size):
 
     anchors (...,2): pixels of the point in frame 0 of this view; depth (...) metres, now;
     scale (...,2): d_min, d_max of the view, broadcastable. Returns (...,3) in [0,1].
-    Blue starts at 0.3: foreground can be told from the background (blue 0) without doubt.
     """
     height, width = size
     near, far = scale[..., 0], scale[..., 1]
@@ -130,16 +129,15 @@ def background_ramp(size, device=None):
     return F.pad(rearrange(ramp, "h w c -> c h w"), (0, 0, 0, 0, 0, 1))
 
 
-def tracks_to_pseudo_video(tracks, intrinsics, extrinsics, size, scale=None, radius=None,
-                           valid=None):
+def tracks_to_pseudo_video(tracks, intrinsics, extrinsics, size, scale=None, valid=None):
     """Proj & Norm: draw every track at its current pixel in the colour of its anchor.
 
     tracks (V,N,K,3) metres, world, slot k of all frames is one surface point; size (H,W) pixels;
     scale (V,2) metres or None for the min and max of the tracks' depths; valid (V,N,K) bool or
     None: slots to draw. Returns pseudo (V,3,N,H,W) in [0,1] and scale (V,2).
     A z-buffered splat, nearest wins. Points are small cones rather than flat discs: at equal depth
-    a pixel goes to the nearest point, so that dense tracks draw exact colours. The radius in
-    pixels, by default somewhat over the spacing, comes off the silhouette again (a closing).
+    a pixel goes to the nearest point, so that dense tracks draw exact colours. Their radius,
+    somewhat over the spacing, comes off the silhouette again (a closing).
     """
     views, frames, count = tracks.shape[:3]
     if frames < 1 or count < 1:
@@ -150,7 +148,7 @@ def tracks_to_pseudo_video(tracks, intrinsics, extrinsics, size, scale=None, rad
         scale = depth_range(depth, valid)
     colours = anchor_colours(uv[:, :1].expand_as(uv), depth, scale[:, None, None], size)
     # 1.6 spacings, if the points cover 30 % of the picture: the best latents of the radii tried.
-    radius = radius or max(1.0, 1.6 * (0.3 * size[0] * size[1] / count) ** 0.5)
+    radius = max(1.0, 1.6 * (0.3 * size[0] * size[1] / count) ** 0.5)
     winner, found = splat(uv.flatten(0, 1), depth.flatten(0, 1), valid.flatten(0, 1), size, radius)
     drawn = torch.gather(colours.flatten(0, 1), 1, repeat(winner, "f p -> f p c", c=3))
     drawn = rearrange(drawn, "(v n) (h w) c -> v c n h w", v=views, h=size[0])
@@ -162,7 +160,7 @@ def tracks_to_pseudo_video(tracks, intrinsics, extrinsics, size, scale=None, rad
 
 
 def depth_range(depth, valid):
-    """d_min, d_max (V,2) in metres of depth (V,N,K) where valid (V,N,K) is True."""
+    """d_min, d_max (V,2) in metres of depth (V,N,...) where valid (V,N,...) is True."""
     near = torch.where(valid, depth, torch.inf).flatten(1).amin(1)
     far = torch.where(valid, depth, -torch.inf).flatten(1).amax(1)
     return torch.nan_to_num(torch.stack([near, far], -1), posinf=0.0, neginf=1.0)
@@ -196,10 +194,10 @@ def splat(uv, depth, valid, size, radius):
 
 def erode(mask):
     """A bool mask (...,H,W) less its outermost pixels (4-neighbours); the border is inside."""
-    padded = F.pad(mask.float().flatten(0, -3)[:, None], (1, 1, 1, 1), value=1.0)
-    up, down = padded[..., :-2, 1:-1], padded[..., 2:, 1:-1]
-    left, right = padded[..., 1:-1, :-2], padded[..., 1:-1, 2:]
-    return mask & (up * down * left * right > 0).reshape(mask.shape)
+    outside = (~mask).float().flatten(0, -3)[:, None]
+    above_or_below = F.max_pool2d(outside, (3, 1), 1, (1, 0))
+    beside = F.max_pool2d(outside, (1, 3), 1, (0, 1))
+    return (above_or_below + beside == 0).reshape(mask.shape)
 
 
 def choose_anchors(foreground, num_tracks, previous=None):
@@ -216,7 +214,7 @@ def choose_anchors(foreground, num_tracks, previous=None):
     vacant = torch.ones(views, num_tracks, dtype=torch.bool, device=foreground.device)
     if previous is not None:
         limit = previous.new_tensor([width - 1, height - 1])
-        pixel = previous.floor().clamp(torch.zeros_like(limit), limit).long()
+        pixel = previous.clamp_min(0).minimum(limit).long()
         index = pixel[..., 1] * width + pixel[..., 0]
         vacant = ~foreground.flatten(1).gather(1, index)
         score = score.scatter_add(1, index, 4.0 * ~vacant)          # taken: last in the line
@@ -264,7 +262,7 @@ def pseudo_video_to_tracks(pseudo, scale, intrinsics, extrinsics, num_tracks, an
     return unproject(uv, depth, intrinsics, extrinsics), anchors, distance < tolerance
 
 
-def match_colours(wanted, previous, colour, depth, cost, prior=0.02, window=3, sigma=2.0):
+def match_colours(wanted, previous, colour, depth, cost, prior, window=3, sigma=2.0):
     """One frame of the read-out, coarse to fine: the best pixel of every second one, then a soft
     match over the (2 window + 1)^2 pixels around it.
 
@@ -285,7 +283,7 @@ def match_colours(wanted, previous, colour, depth, cost, prior=0.02, window=3, s
     steps = torch.arange(-window, window + 1, device=depth.device)
     offsets = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1).flatten(0, 1)
     pixel = centre[:, :, None] + offsets                                           # (V,K,49,2)
-    pixel = pixel.clamp(torch.zeros_like(pixel[0, 0, 0]), pixel.new_tensor([width - 1, height - 1]))
+    pixel = pixel.clamp_min(0).minimum(pixel.new_tensor([width - 1, height - 1]))
     index = pixel[..., 1] * width + pixel[..., 0]
     view = torch.arange(views, device=depth.device)[:, None, None]
     gap = (colour.flatten(1, 2)[view, index] - wanted[:, :, None]).square().sum(-1)
@@ -302,6 +300,25 @@ def film_strip(video, frames=5):
     picked = torch.linspace(0, video.shape[1] - 1, frames).round().long()
     strip = rearrange(video[:, picked].clamp(-1, 1), "c n h w -> h (n w) c")
     return ((strip + 1) * 127.5).round().to(torch.uint8)
+
+
+# ------------------------------------------------------------------- the cache of both data sets
+
+def cached(path, make):
+    """The sample that `make()` gives, kept in a file: `video` (V,3,N,H,W) in bytes, `pseudo` in
+    16 bits. A file appears whole, written aside and then renamed: several workers may share it."""
+    try:
+        sample = torch.load(path, weights_only=True)
+        sample["part"]                                        # which older files lack
+    except Exception:                                         # none yet, or damaged: make it anew
+        sample = make()
+        sample |= dict(video=(127.5 * (sample["video"] + 1)).round().to(torch.uint8),
+                       pseudo=(32767 * sample["pseudo"]).round().to(torch.int16))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
+        torch.save(sample, aside)
+        os.replace(aside, path)
+    return sample | dict(video=sample["video"] / 127.5 - 1, pseudo=sample["pseudo"] / 32767)
 
 
 # ------------------------------------------------------------------------- the synthetic world
@@ -892,18 +909,16 @@ def colour_videos(scene, uv, depth, piece, size):
 def motion_videos(scene, uv, depth, piece, size):
     """Pseudo videos (B,V,3,N,H,W) in [-1,1], exact in every pixel, and scale (B,V,2) (Sec. 3.2)."""
     (batch, frames), front = scene["poses"].shape[:2], piece < TABLE_ROW
-    near, far = (rearrange(torch.where(front, depth, end), "(b v n) r 1 -> b v (n r)",
-                           b=batch, n=frames) for end in (math.inf, -math.inf))
-    scale = torch.stack([near.amin(-1), far.amax(-1)], -1)
+    scale = depth_range(*(x.unflatten(0, (-1, frames)) for x in (depth, front)))      # (B V, 2)
     pick = front.flatten().nonzero()[:, 0]
     hits = Hits(scene, uv, depth, piece, pick)
     cameras = (scene[key].flatten(0, 1)[hits.camera] for key in ("intrinsics", "extrinsics"))
     anchors, _ = project(hits.at(torch.zeros_like(pick)), *cameras)
     canvas = background_ramp(size, piece.device).flatten(1).T.repeat(len(depth), 1)
-    canvas[pick] = anchor_colours(anchors, hits.depth, scale.flatten(0, 1)[hits.camera], size)
+    canvas[pick] = anchor_colours(anchors, hits.depth, scale[hits.camera], size)
     canvas = ((2 * canvas - 1) * 32767).round() / 32767         # 16 bits, as the cache keeps them
     return rearrange(canvas, "(b v n h w) c -> b v c n h w", b=batch, n=frames, h=size[0],
-                     w=size[1]), scale
+                     w=size[1]), scale.unflatten(0, (batch, -1))
 
 
 def surface_tracks(scene, uv, depth, piece, size, count):
@@ -988,33 +1003,23 @@ class SyntheticHOI(torch.utils.data.Dataset):
 
     def scene(self, index, action=None):
         """Sample `index`; with `action` the same layout and first frame under another action."""
+        def make(device=None):
+            return {key: value[0] for key, value in self.batch([index], action, device).items()}
         if self.cache is None:
-            return {key: value[0] for key, value in self.batch([index], action).items()}
+            return make()
         name = [self.split, self.seed, index, *self.size, self.frames, self.views, self.tracks]
-        path = self.cache / ("-".join(map(str, name)) + (f"-{action}" if action else "") + ".pt")
-        try:
-            sample = torch.load(path, weights_only=True)
-            sample["part"]                             # which older files lack
-        except (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError):
-            sample = {key: value[0] for key, value in self.batch([index], action, "cpu").items()}
-            sample["video"] = (127.5 * (sample["video"] + 1)).round().to(torch.uint8)
-            sample["pseudo"] = (32767 * sample["pseudo"]).round().to(torch.int16)
-            self.cache.mkdir(parents=True, exist_ok=True)
-            draft = path.with_suffix(f".{os.getpid()}")
-            torch.save(sample, draft)             # renamed when whole: workers may share it
-            draft.rename(path)
-        return sample | dict(video=sample["video"] / 127.5 - 1, pseudo=sample["pseudo"] / 32767)
+        name += [action] if action else []
+        return cached(self.cache / ("-".join(map(str, name)) + ".pt"), lambda: make("cpu"))
 
     def describe(self, index, action=None):
         """Scene `index` before its rays are cast: the tables of lay_out() and the prompt."""
         code = (self.SPLITS.index(self.split) * 1_000_003 + self.seed) * 10_000_019 + index
         stream = iter(torch.rand(256, generator=torch.Generator().manual_seed(code)).tolist())
         draw = lambda low, high: low + (high - low) * next(stream)
-        choose = lambda options: options[int(draw(0, len(options) - 1e-3))]
         triplet = ()
         for place in range(3):             # the action first, so that actions are balanced
-            fits = [t for t in self.triplets if t[:place] == triplet]
-            triplet += (choose(sorted({t[place] for t in fits})),)
+            words = sorted({t[place] for t in self.triplets if t[:place] == triplet})
+            triplet += (words[int(draw(0, len(words) - 1e-3))],)
         drawn, tool, target = triplet
         if action is not None and action not in self.actions(tool, target):
             raise ValueError(f"expected one of {self.actions(tool, target)} for {tool} and "
@@ -1152,10 +1157,11 @@ def pose_meshes(models, hands, objects, window):
     for vertices, faces, poses in objects:
         poses = torch.from_numpy(poses[window]).float()
         parts.append((vertices @ poses[:, :3, :3].mT + poses[:, None, :3, 3], faces))
-    firsts = np.cumsum([0] + [vertices.shape[1] for vertices, _ in parts]).tolist()
-    faces = torch.cat([faces + first for (_, faces), first in zip(parts, firsts)])
-    part = torch.tensor([1, 0, 2, 3]).repeat_interleave(torch.tensor(firsts).diff())
-    return torch.cat([vertices for vertices, _ in parts], 1), faces, part
+    vertices, faces = zip(*parts)
+    sizes = torch.tensor([each.shape[1] for each in vertices])
+    faces = torch.cat([each + first for each, first in zip(faces, sizes.cumsum(0) - sizes)])
+    part = torch.tensor([1, 0, 2, 3]).repeat_interleave(sizes)
+    return torch.cat(vertices, 1), faces, part
 
 
 def read_cameras(path):
@@ -1317,9 +1323,9 @@ def render_meshes(vertices, faces, part, intrinsics, extrinsics, size, count, ge
         anchor = anchors[view[..., None], winner.unflatten(1, grid)[centre]]     # (V, H, W, 2)
         frames.append((points[view, slots], seen, nearest[centre], anchor))
     tracks, visible, depth, anchors = (torch.stack(part, 1) for part in zip(*frames))
-    found, known = depth.isfinite(), depth.nan_to_num(posinf=0.0)
-    scale = torch.stack([depth.flatten(1).amin(1), known.flatten(1).amax(1)], 1)
-    pseudo = anchor_colours(anchors, known, scale[:, None, None, None], size)
+    found = depth.isfinite()
+    scale = depth_range(depth, found)
+    pseudo = anchor_colours(anchors, depth, scale[:, None, None, None], size)
     pseudo = rearrange(pseudo, "v n h w c -> v c n h w")
     pseudo = pseudo.where(found[:, None], background_ramp(size)[None, :, None])
     return tracks, visible, part[corners[slots, 0]], pseudo, scale
@@ -1367,8 +1373,8 @@ class TACO(torch.utils.data.Dataset):
             raise ValueError(f"expected {self.root}/Hand_Poses/<triplet>/<sequence> and so on, got "
                              "none: root is the folder that holds Hand_Poses")
         self.models = [load_mano(mano_dir, side) for side in ("LEFT", "RIGHT")]
-        found = [name for name in found if split in ("all", self.split_of(name))]
-        found = [self.attempt(name, self.inspect, name) for name in found]
+        found = [self.attempt(name, self.inspect, name) for name in found
+                 if split in ("all", self.split_of(name))]
         self.sequences = [sequence for sequence in found if sequence]
 
     def __len__(self):
@@ -1381,10 +1387,9 @@ class TACO(torch.utils.data.Dataset):
         draw, first = divmod(index, len(self.sequences))
         for sequence in self.sequences[first:] + self.sequences[:first]:
             name = sequence["name"]
-            stored = name not in self.broken and self.attempt(name, self.load, sequence, draw)
-            if stored:
-                video, pseudo = stored["video"] / 127.5 - 1, stored["pseudo"] / 32767
-                return {**stored, "video": video, "pseudo": pseudo, "prompt": sequence["prompt"]}
+            sample = name not in self.broken and self.attempt(name, self.load, sequence, draw)
+            if sample:
+                return sample | {"prompt": sequence["prompt"]}
             self.broken.add(name)
         raise ValueError(f"expected a readable sequence, got none: {self.report[-3:]}")
 
@@ -1447,25 +1452,17 @@ class TACO(torch.utils.data.Dataset):
                 "objects": list(zip(models, poses))}
 
     def load(self, sequence, draw):
-        """`build`, or what it gave before. A file appears whole: written aside, then renamed."""
+        """`build`, or what it gave before."""
         if not self.cache:
             return self.build(sequence, draw)
         files = [str(self.mano_dir), *(str(camera["video"]) for camera in sequence["cameras"])]
         key = stable_hash(CACHE_VERSION, files, self.size, self.steps, self.views, self.tracks,
                           self.seed, draw, self.split == "train")
         path = self.cache / f"{Path(sequence['name']).name}_{key:012x}.pt"
-        try:
-            return torch.load(path, weights_only=True)
-        except Exception:                                     # none yet, or damaged: make it anew
-            stored = self.build(sequence, draw)
-        self.cache.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
-        torch.save(stored, aside)
-        os.replace(aside, path)
-        return stored
+        return cached(path, lambda: self.build(sequence, draw))
 
     def build(self, sequence, draw):
-        """One sample as it is stored: the video in bytes, the pseudo video in 16 bit numbers."""
+        """One sample but for its prompt, read from the sequence's files."""
         generator = torch.Generator().manual_seed(stable_hash(self.seed, sequence["name"], draw))
         folder, cameras = self.root / "Hand_Poses" / sequence["name"], sequence["cameras"]
         hands = [read_hand(folder, side) for side in ("left", "right")]
@@ -1484,7 +1481,7 @@ class TACO(torch.utils.data.Dataset):
         return self.film(mesh, cameras, window, generator)
 
     def film(self, mesh, cameras, window, generator):
-        """The stored sample of a mesh of `pose_meshes`, in frames `window` of the drawn cameras."""
+        """The sample of a mesh of `pose_meshes`, in frames `window` of the drawn cameras."""
         vertices = mesh[0]
         source, extrinsics = (torch.stack([camera[part] for camera in cameras])
                               for part in ("intrinsics", "extrinsics"))
@@ -1500,22 +1497,19 @@ class TACO(torch.utils.data.Dataset):
         picture = torch.tensor([camera["picture"] for camera in cameras])[:, None, None]
         uv = project(tracks, source, extrinsics)[0]             # the camera saw no more than this:
         visible &= ((uv >= 0) & (uv < picture)).all(-1)
-        pseudo = (32767 * (2 * pseudo - 1)).round().to(torch.int16)
-        return {"video": torch.stack(video), "pseudo": pseudo, "scale": scale, "tracks": tracks,
-                "visible": visible, "part": part, "intrinsics": intrinsics,
-                "extrinsics": extrinsics}
+        pseudo = (32767 * (2 * pseudo - 1)).round() / 32767     # 16 bits, as the cache keeps them
+        return dict(video=torch.stack(video) / 127.5 - 1, pseudo=pseudo, scale=scale, tracks=tracks,
+                    visible=visible, part=part, intrinsics=intrinsics, extrinsics=extrinsics)
 
 
-def taco_contact_sheet(dataset, path, index=0, columns=5):
-    """Writes a picture of one sample: tracks over the videos, and below them the pseudo videos."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    sample = dataset[index]
+def taco_contact_sheet(dataset, path, columns=5):
+    """Writes a picture of the first sample: tracks over its videos, below them pseudo videos."""
+    from matplotlib.figure import Figure
+    sample = dataset[0]
     uv = project(sample["tracks"], sample["intrinsics"], sample["extrinsics"])[0].numpy() - 0.5
     shown = torch.linspace(0, uv.shape[1] - 1, columns).round().long().tolist()  # film_strip's
-    figure, axes = plt.subplots(2 * len(uv), figsize=(3 * columns, 4 * len(uv)))
-    for row, axis in enumerate(axes):
+    figure = Figure(figsize=(3 * columns, 4 * len(uv)))
+    for row, axis in enumerate(figure.subplots(2 * len(uv))):
         view, kind = row // 2, "pseudo" if row % 2 else "video"
         axis.imshow(film_strip(sample[kind][view], columns).numpy())
         axis.set_title(f"{sample['prompt']} view {view}, frames {shown}: {kind}", fontsize=9)
@@ -1525,7 +1519,6 @@ def taco_contact_sheet(dataset, path, index=0, columns=5):
             across, down = uv[view, n, slots].T
             axis.scatter(across + column * dataset.size[1], down, s=4, c=slots, cmap="hsv")
     figure.savefig(path, dpi=80, bbox_inches="tight")
-    plt.close(figure)
 
 
 # -------------------------------------------------------------------------------------- lesson
@@ -1542,9 +1535,7 @@ def round_trip(sample, pseudo):
 
 def lesson():
     """One held-out scene: what is in a sample, and how exact the motion representation is."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure       # here, so that importing data.py stays quick
     for size in ((128, 192), (64, 96)):
         sample = SyntheticHOI("val", size)[0]
         cameras = sample["intrinsics"], sample["extrinsics"]
@@ -1561,7 +1552,8 @@ def lesson():
         print(f"  {key:12} {tuple(value.shape) if torch.is_tensor(value) else value}")
     rows = [clip[view] for view in range(3) for clip in (sample["video"], sample["pseudo"],
                                                          2 * drawn - 1)]
-    figure, axis = plt.subplots(figsize=(9, 11), layout="constrained")
+    figure = Figure(figsize=(9, 11), layout="constrained")
+    axis = figure.subplots()
     axis.imshow(torch.cat([film_strip(row) for row in rows]))
     names = ("video", "pseudo video", "the same, drawn\nfrom tracks")
     axis.set_yticks([size[0] * (row + 0.5) for row in range(9)], 3 * names)

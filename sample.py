@@ -8,8 +8,7 @@
 Into --out it writes video_view*.mp4, motion_view*.mp4 (the motion pseudo videos), overview.png,
 overview.gif, viewer.html (videos and orbitable tracks, for a browser) and tracks.npz: tracks
 (V,N,K,3) metres, world, valid (V,N,K), anchors (V,K,2) pixels, cameras, scale, fps, prompt. Same
-seed, same files. All sizes come from the checkpoint; symbols,
-units and frames are those of data.py.
+seed, same files. All sizes come from the checkpoint; symbols, units and frames are data.py's.
 """
 
 import os
@@ -50,6 +49,8 @@ from dpa import chamfer_distance
 
 FPS, WEIGHTS, ASSETS = 8, Path(__file__).parent / "weights", Path(__file__).parent / "assets"
 VIEW_NAMES = ("left", "centre", "right")
+# What reading a damaged or foreign file may raise, besides ValueError.
+UNREADABLE = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError)
 
 
 def parse(arguments=None):
@@ -98,8 +99,10 @@ def parse(arguments=None):
             (not (settings.json and settings.json.is_dir()), "json", "a file to write"),
             (settings.device != "cuda" or torch.cuda.is_available(), "device", "a GPU torch sees")):
         if not fine:
-            raise ValueError(f"--{flag.replace('_', '-')}: expected {expected}, got "
-                             f"{getattr(settings, flag)!r}: see python sample.py --help")
+            refuse(f"--{flag.replace('_', '-')}: expected {expected}, got "
+                   f"{getattr(settings, flag)!r}")
+    settings.sampling = {key: getattr(settings, key) for key in           # of cycle.sample()
+                         ("steps", "text_scale", "temperature", "cycle_every", "seed")}
     return settings
 
 
@@ -118,8 +121,7 @@ def load(settings):
             raise TypeError("a size is under 1")
         nominal_rig(config["views"], config["size"]), range(config["tracks"])
         models.vae.latent_size(config["frames"], *config["size"])
-    except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError,
-            TypeError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"expected a checkpoint of train.py in {path}, but its settings make no "
                          f"networks ({first_line(error)}): train or copy it again") from None
     return models
@@ -169,24 +171,26 @@ def fit(pixels, size):
     return F.interpolate(part, size, mode="bilinear", antialias=True)[0].clamp(0, 1)
 
 
-def rig_as_json(intrinsics, extrinsics, size):
-    """The format of --cameras: picture size, and a name, intrinsics, extrinsics a view."""
-    views = [dict(name=VIEW_NAMES[v % 3], intrinsics=intrinsics[v].tolist(),
-                  extrinsics=extrinsics[v].tolist()) for v in range(len(intrinsics))]
-    return json.dumps(dict(size=list(size), views=views), indent=1)
+def rig_as_json(config):
+    """The default rig in the format of --cameras: size, and name and matrices of every view."""
+    intrinsics, extrinsics = nominal_rig(config["views"], config["size"])
+    views = [dict(name=VIEW_NAMES[view % 3], intrinsics=intrinsics[view].tolist(),
+                  extrinsics=extrinsics[view].tolist()) for view in range(config["views"])]
+    return json.dumps(dict(size=list(config["size"]), views=views), indent=1)
 
 
-def read_rig(path, size):
-    """A JSON rig -> intrinsics (V,3,3) in pixels of size (H,W), extrinsics (V,4,4), names."""
+def read_rig(path, config):
+    """A JSON rig, by default the one of --print-cameras -> intrinsics (V,3,3) in pixels of the
+    checkpoint's size, extrinsics (V,4,4), names."""
     try:
-        rig = json.loads(Path(path).read_text())
+        rig = json.loads(Path(path).read_text() if path else rig_as_json(config))
         names = [str(view.get("name", index)) for index, view in enumerate(rig["views"])]
         intrinsics, extrinsics = (torch.tensor([view[key] for view in rig["views"]]).float()
                                   for key in ("intrinsics", "extrinsics"))
-        resize = torch.tensor([size[1] / rig["size"][1], size[0] / rig["size"][0]])
-        intrinsics[:, :2] *= resize[:, None]
+        resize = torch.tensor([[config["size"][axis] / rig["size"][axis]] for axis in (1, 0)])
+        intrinsics[:, :2] *= resize
         rotation = extrinsics[:, :3, :3]
-        wrong = [name for name, fine in {
+        checks = {
             "the matrices are not (V,3,3) and (V,4,4)":
                 intrinsics[0].shape == (3, 3) and extrinsics[0].shape == (4, 4),
             "a number is not finite": intrinsics.isfinite().all() and extrinsics.isfinite().all(),
@@ -194,9 +198,9 @@ def read_rig(path, size):
             "a rotation is none": (torch.linalg.det(rotation) > 0).all()
                 and ((rotation @ rotation.mT - torch.eye(3)).abs() < 1e-3).all(),
             "a last row is not 0 0 1 or 0 0 0 1": (intrinsics[:, 2] == torch.eye(3)[2]).all()
-                and (extrinsics[:, 3] == torch.eye(4)[3]).all()}.items() if not fine]
-    except (OSError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
-            ValueError) as error:
+                and (extrinsics[:, 3] == torch.eye(4)[3]).all()}
+        wrong = [message for message, fine in checks.items() if not fine]
+    except (*UNREADABLE, ValueError) as error:
         wrong = [f"{type(error).__name__}: {first_line(error)}"]
     if wrong:
         raise ValueError(f"--cameras: expected a rig as --print-cameras prints it, got {path} "
@@ -207,15 +211,11 @@ def read_rig(path, size):
 # -------------------------------------------------------------------------------------- generation
 
 def generate(models, settings):
-    """The closed loop (Sec. 3.5) on the user's pictures. A namespace of CPU tensors: video
-    (V,3,N,H,W) in [-1,1], pseudo in [0,1], tracks (V,N,K,3) metres, world, valid (V,N,K), anchors
-    (V,K,2) pixels, scale (V,2) metres, cameras; and names and given of the views, prompt, size."""
+    """The closed loop (Sec. 3.5) on the user's pictures. A namespace of CPU tensors: video and
+    motion (V,3,N,H,W) in [-1,1], tracks (V,N,K,3) metres, world, valid (V,N,K), anchors (V,K,2)
+    pixels, scale (V,2) metres, cameras; and names and given of the views, prompt, size."""
     config, size = models.config, tuple(models.config["size"])
-    if settings.cameras:
-        *cameras, names = read_rig(settings.cameras, size)
-    else:
-        cameras = nominal_rig(config["views"], size)
-        names = [VIEW_NAMES[view % 3] for view in range(config["views"])]
+    *cameras, names = read_rig(settings.cameras, config)
     views, count = len(names), len(settings.ref)
     if count not in (1, views):
         raise ValueError(f"--ref: expected 1 picture (of the centre view) or {views} (one a view, "
@@ -227,15 +227,14 @@ def generate(models, settings):
     with settings.autocast:
         for state in sample(models, reference.to(device), given.to(device), [settings.prompt],
                             [camera[None].to(device) for camera in cameras], config["frames"],
-                            settings.steps, settings.text_scale, config["tracks"],
-                            cycle=not settings.no_cycle, use_dpa=not settings.no_dpa,
-                            cycle_every=settings.cycle_every,
-                            temperature=settings.temperature, seed=settings.seed):
+                            num_tracks=config["tracks"], cycle=not settings.no_cycle,
+                            use_dpa=not settings.no_dpa, **settings.sampling):
             if state.step % 5 == 0 or state.step in (1, settings.steps):
                 seconds = time.perf_counter() - start
                 print(f"step {state.step}/{settings.steps}: {seconds:.1f} s", flush=True)
-    found = dict(video=state.video(), tracks=state.tracks.float())
-    found |= {key: getattr(state.coarse, key) for key in ("pseudo", "valid", "anchors", "scale")}
+    coarse = state.coarse
+    found = dict(video=state.video(), motion=2 * coarse.pseudo - 1, tracks=state.tracks.float(),
+                 valid=coarse.valid, anchors=coarse.anchors, scale=coarse.scale)
     return SimpleNamespace(**{key: value[0].cpu() for key, value in found.items()}, names=names,
                            given=given[0].tolist(), prompt=settings.prompt, size=size,
                            intrinsics=cameras[0], extrinsics=cameras[1])
@@ -245,15 +244,14 @@ def write_results(result, out):
     """All files into a hidden folder beside `out`, then each under its final name, whole."""
     draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
 
-    def film(item):
-        (name, view), clip = item
-        iio.imwrite(draft / f"{name}_view{view}.mp4", enlarge(clip, 256), plugin="FFMPEG", fps=FPS,
+    def film(name, clip):
+        iio.imwrite(draft / f"{name}.mp4", enlarge(clip, 256), plugin="FFMPEG", fps=FPS,
                     codec="libx264", quality=9, macro_block_size=2, ffmpeg_log_level="quiet")
-    clips = {("video", view): clip for view, clip in enumerate(result.video)}
-    clips |= {("motion", view): 2 * clip - 1 for view, clip in enumerate(result.pseudo)}
+    clips = {f"{kind}_view{view}": clip for kind in ("video", "motion")
+             for view, clip in enumerate(getattr(result, kind))}
     try:
         with ThreadPoolExecutor() as pool:        # which mostly wait for ffmpeg, so all at once
-            filmed = pool.map(film, clips.items())
+            filmed = pool.map(film, clips.keys(), clips.values())
             keys = ("tracks", "valid", "anchors", "intrinsics", "extrinsics", "scale")
             np.savez(draft / "tracks.npz", fps=FPS, prompt=result.prompt,
                      **{key: getattr(result, key).numpy() for key in keys})
@@ -288,7 +286,7 @@ def overview(result, path, columns=7):
     strips = left.subgridspec(2 * views, 1, hspace=0.03).subplots()
     for index, axes in enumerate(strips):
         view, motion = divmod(index, 2)
-        clip = 2 * result.pseudo[view] - 1 if motion else result.video[view]
+        clip = (result.motion if motion else result.video)[view]
         axes.imshow(film_strip(clip, columns).numpy(), interpolation="nearest", aspect="auto")
         origin = "given" if result.given[view] else "generated"
         axes.set_ylabel("motion" if motion else f"{result.names[view]}\n{origin}", fontsize=11)
@@ -332,8 +330,8 @@ def draw_tracks(axes, result, frame, azimuth, trail):
 
 def animation(result, path):
     """overview.gif: video and pseudo video of every view, beside the tracks, which sway slowly."""
-    pairs = [np.concatenate([enlarge(clip, 128) for clip in (video, 2 * pseudo - 1)], 2)
-             for video, pseudo in zip(result.video, result.pseudo)]
+    pairs = [np.concatenate([enlarge(clip, 128) for clip in pair], 2)
+             for pair in zip(result.video, result.motion)]
     pictures = np.concatenate(pairs, 1)                                         # (N, side, w, 3)
     frames, side, width = pictures.shape[:3]
     canvas = FigureCanvasAgg(Figure(figsize=(side / 100, side / 100), dpi=100))
@@ -396,39 +394,26 @@ def viewer(result):
         valid=packed(result.valid.float().mean(1) > 0.5, "u1"),
         parts=packed(moving_parts(result.tracks), "u1"),
         views=[dict(name=f"{name}, {'given' if given else 'generated'}", video=strip(video),
-                    motion=strip(2 * pseudo - 1), frustum=units(frustum).tolist())
-               for name, given, video, pseudo, frustum in zip(
-                   result.names, result.given, result.video, result.pseudo, frusta)])
+                    motion=strip(motion), frustum=units(frustum).tolist())
+               for name, given, video, motion, frustum in zip(
+                   result.names, result.given, result.video, result.motion, frusta)])
     text = json.dumps(content).replace("<", "\\u003c")        # the prompt must not end the script
     return (ASSETS / "viewer.html").read_text().replace("__DATA__", text)
 
 
 # ----------------------------------------------------------------------- metrics, each of one scene
 
-def moving_pixels(truth, threshold=0.1):
-    """(V,1,N,H,W) bool: true colours (V,3,N,H,W) that have left those of frame 0 by > threshold."""
-    return (truth - truth[:, :, :1]).abs().amax(1, keepdim=True) > threshold
-
-
-def psnr(video, truth, mask=None):
-    """10 log10(4 / mean squared error) in dB of videos (V,3,N,H,W) in [-1,1], over frames 1.. or
-    where mask (V,1,N,H,W) is True."""
-    error = (video - truth).square().mean(1, keepdim=True)
-    error = error[:, :, 1:] if mask is None else error[mask]
-    return -10 * math.log10(max(error.mean().item() / 4, 1e-10))
-
-
-def ssim(video, truth, mask=None):
-    """Mean of (2ab + c)(2 cov + d) / ((a^2 + b^2 + c)(var_a + var_b + d)), means a, b and variances
-    of 7 x 7 windows, c = .02^2, d = .06^2 (range 2); over frames 1.. or where mask is True."""
+def ssim(video, truth):
+    """(2ab + c)(2 cov + d) / ((a^2 + b^2 + c)(var_a + var_b + d)) at every pixel, (V,1,N,H,W), of
+    videos (V,3,N,H,W) in [-1,1]: means a, b and variances of 7 x 7 windows, c = .02^2, d = .06^2
+    (range 2), mean of the colours."""
     def local(x):
         return F.avg_pool3d(x, (1, 7, 7), 1, (0, 3, 3), count_include_pad=False)
     a, b = local(video), local(truth)
     variances = local(video.square() + truth.square()) - a * a - b * b
     value = (2 * a * b + .0004) * (2 * local(video * truth) - 2 * a * b + .0036) / (
         (a * a + b * b + .0004) * (variances + .0036))
-    value = value.mean(1, keepdim=True)
-    return (value[:, :, 1:] if mask is None else value[mask]).mean().item()
+    return value.mean(1, keepdim=True)
 
 
 def patches(clip, side=7, stride=2, contrast=0.1):
@@ -500,12 +485,20 @@ def cross_view_errors(tracks, truth, visible, extrinsics):
 
 
 def picture_scores(video, scene, views):
-    """Tab. 1, against the truth: PSNR and SSIM of the listed views of a video (V,3,N,H,W)."""
+    """Tab. 1, of the listed views of a video (V,3,N,H,W) in [-1,1] against the truth: SSIM, and
+    PSNR = 10 log10(4 / mean squared error) in dB; over frames 1.., over the moving pixels, whose
+    true colour has left that of frame 0 by more than 0.1, and over the foreground."""
     video, truth, pseudo = video[views], scene["video"][views], scene["pseudo"][views]
-    moving, foreground = moving_pixels(truth), (pseudo[:, 2:] + 1) / 2 > FOREGROUND_THRESHOLD
-    return {"psnr": psnr(video, truth), "psnr_moving": psnr(video, truth, moving),
-            "psnr_foreground": psnr(video, truth, foreground),
-            "ssim": ssim(video, truth), "ssim_moving": ssim(video, truth, moving)}
+    error, similarity = (video - truth).square().mean(1, keepdim=True), ssim(video, truth)
+    moving = (truth - truth[:, :, :1]).abs().amax(1, keepdim=True) > 0.1
+    foreground = (pseudo[:, 2:] + 1) / 2 > FOREGROUND_THRESHOLD
+
+    def decibels(error):
+        return -10 * math.log10(max(error.mean().item() / 4, 1e-10))
+    return {"psnr": decibels(error[:, :, 1:]), "psnr_moving": decibels(error[moving]),
+            "psnr_foreground": decibels(error[foreground]),
+            "ssim": similarity[:, :, 1:].mean().item(),
+            "ssim_moving": similarity[moving].mean().item()}
 
 
 def video_scores(video, scene):
@@ -528,40 +521,41 @@ def track_scores(tracks, scene):
               "chamfer": 1e4 * chamfer_distance(*clouds),
               "smoothness": 100 * tracks.diff(n=2, dim=1).norm(dim=-1).mean()}
     error, target = 100 * (tracks - truth).norm(dim=-1), scene["part"][:, None] == 3    # (V,N,K)
-    for name, chosen in (("hands+tool", ~target), ("target", target), ("all", target | ~target)):
+    for name, chosen in (("hands+tool", ~target), ("target", target), ("all", visible)):
         scores[name] = error[:, 1:][(visible & chosen)[:, 1:]].mean()
     return {key: value.item() for key, value in scores.items()}
 
 
 # -------------------------------------------------------------------------------------- evaluation
 
-# Tab. 3: name of a row, and the runs that its video and its tracks come from. Our MJD is joint from
-# the start: row 2 is the video of row 3 without its motion (the paper trains one without motion).
-ABLATION = (("one view at a time", "single", "single"), ("multi-view, video only", "open", None),
-            ("joint motion (MJD), no DPA", "open", "coarse"), ("DPA, no loop", "open", "aligned"),
-            ("closed loop (full)", "closed", "closed"))
+# Tab. 3: name of a row, the runs that its video and its tracks come from, and the paper's numbers
+# of matching pixels and RPE across views. Our MJD is joint from the start: row 2 is the video of
+# row 3 without its motion (the paper trains one without motion).
+ABLATION = (("one view at a time", "single", "single", "122.7", "75.3"),
+            ("multi-view, video only", "open", None, "462.6", ""),
+            ("joint motion (MJD), no DPA", "open", "coarse", "501.3", "46.3"),
+            ("DPA, no loop", "open", "aligned", "498.2", "33.5"),
+            ("closed loop (full)", "closed", "closed", "529.4", "32.7"))
 EVAL_BATCH = 4                     # scenes sampled together; their noise depends on it
 
 
 def run(models, scenes, settings, given=None, **options):
     """The last SampleState of a batch of true scenes; given: views shown, by default all."""
-    count, views = scenes["video"].shape[:2]
+    count, views, _, frames = scenes["video"].shape[:4]
     shown = torch.tensor([[given is None or view in given for view in range(views)]] * count)
-    anchors = true_anchors(scenes)
+    anchors = true_anchors(scenes)                                                  # (B,V,K,2)
     with settings.autocast:
         for state in sample(models, scenes["video"][:, :, :, 0], shown.to(models.device),
-                            scenes["prompt"], (scenes["intrinsics"], scenes["extrinsics"]),
-                            scenes["video"].shape[3], settings.steps, settings.text_scale,
-                            anchors.shape[2], anchors, temperature=settings.temperature,
-                            seed=settings.seed,
-                            **{"cycle_every": settings.cycle_every} | options):
+                            scenes["prompt"], (scenes["intrinsics"], scenes["extrinsics"]), frames,
+                            num_tracks=anchors.shape[2], anchors=anchors,
+                            **settings.sampling | options):
             pass
     return state
 
 
 def all_runs(models, scenes, settings):
     """A batch of scenes made in every way: videos and tracks, two dicts, name -> (B,V,...); pseudo
-    videos of the VAE's round trip in [-1,1] and of the full loop in [0,1]."""
+    videos of the VAE's round trip and of the full loop, in [-1,1]."""
     truth, points, vae = scenes["video"], scenes["tracks"], models.vae
     cameras = scenes["intrinsics"], scenes["extrinsics"]
     alone = {key: value.flatten(0, 1)[:, None] for key, value in scenes.items() if key != "prompt"}
@@ -579,7 +573,7 @@ def all_runs(models, scenes, settings):
               "coarse": opened.coarse.tracks.float(),
               "aligned": opened.tracks, "closed": closed.tracks, "frozen": frozen.view_as(points),
               "still": points[:, :, :1].expand_as(points), "codec": codec.tracks, "truth": points}
-    return videos, tracks, 2 * codec.pseudo - 1, closed.coarse.pseudo
+    return videos, tracks, 2 * codec.pseudo - 1, 2 * closed.coarse.pseudo - 1
 
 
 def action_trials(models, settings, dataset, index):
@@ -599,15 +593,15 @@ def action_trials(models, settings, dataset, index):
 def measure(models, settings, split):
     """Every score of every scene of a split: (table, row) -> list of dicts, or of action trials."""
     shape = {key: models.config[key] for key in ("size", "frames", "views", "tracks")}
-    shape, found, sides = shape | {"device": models.device}, defaultdict(list), (-20, 0, 60)
-    views = list(range(shape["views"]))
+    shape["device"] = models.device
+    found, sides, views = defaultdict(list), (-20, 0, 60), list(range(shape["views"]))
     order = sorted(views, key=lambda view: view != len(views) // 2)        # the centre comes first
     dataset = SyntheticHOI(split, **shape)
     elsewhere = SyntheticHOI(split, cameras=nominal_rig(len(views), shape["size"], sides), **shape)
     for first in range(0, settings.scenes, EVAL_BATCH):
         indices = range(first, min(first + EVAL_BATCH, settings.scenes))
         scenes, moved = dataset.batch(indices), elsewhere.batch(indices)
-        videos, tracks, pseudo, closed_pseudo = all_runs(models, scenes, settings)
+        videos, tracks, codec_motion, motion = all_runs(models, scenes, settings)
         given = {n: run(models, scenes, settings, order[:n], cycle_every=3).video()
                  for n in views[1:]}                          # the loop now and then: for the time
         given[len(views)] = videos["closed"]
@@ -615,7 +609,7 @@ def measure(models, settings, split):
         for i, index in enumerate(indices):
             scene, other = ({k: value[i] for k, value in x.items()} for x in (scenes, moved))
             drawn = scene | {"video": scene["pseudo"]}
-            found["pseudo", ""].append(picture_scores(pseudo[i], drawn, views))
+            found["pseudo", ""].append(picture_scores(codec_motion[i], drawn, views))
             for name, video in videos.items():
                 found["video", name].append(video_scores(video[i], scene))
             for name, points in tracks.items():
@@ -631,7 +625,7 @@ def measure(models, settings, split):
                 (middle, side, *_), closed = order, videos["closed"][i]
                 found["clips", ""].append((scene["prompt"], [
                     ("centre, truth", scene["video"][middle]), ("3 references", closed[middle]),
-                    ("its motion", 2 * closed_pseudo[i, middle] - 1),
+                    ("its motion", motion[i, middle]),
                     ("left, truth", scene["video"][side]), ("3 references", closed[side]),
                     ("1 reference", given[1][i, side])]))
         print(f"{split}: {indices[-1] + 1}/{settings.scenes} scenes", file=sys.stderr, flush=True)
@@ -643,8 +637,8 @@ def samples_picture(scenes, path, columns=7):
     height, width = scenes[0][1][0][1].shape[-2:]
     rows = sum(len(clips) for _, clips in scenes)
     figure = Figure(figsize=(12, 11 * rows / columns * height / width + 0.4 * len(scenes)))
-    for index, part in enumerate(np.atleast_1d(figure.subfigures(len(scenes), 1))):
-        prompt, clips = scenes[index]
+    parts = np.atleast_1d(figure.subfigures(len(scenes), 1))
+    for part, (prompt, clips) in zip(parts, scenes):
         part.suptitle(prompt, fontsize=13)
         axes = part.subplots(len(clips), 1, gridspec_kw=dict(
             hspace=0.03, left=0.1, right=0.995, bottom=0.005, top=0.93))
@@ -662,8 +656,8 @@ def summary(runs):
         values = np.array([run[key] for run in runs])
         values = values[np.isfinite(values)]
         wide = 1.96 * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
-        for name, value in ((key, values.mean() if len(values) else None), (key + "_ci", wide)):
-            row[name] = None if value is None else round(float(value), 4)
+        row[key] = round(float(values.mean()), 4) if len(values) else None
+        row[key + "_ci"] = None if wide is None else round(float(wide), 4)
     return row
 
 
@@ -673,7 +667,7 @@ def tables(found):
         points = found["tracks", tracks] if tracks else [{}] * len(found["video", video])
         return [v | t for v, t in zip(found["video", video], points)]
 
-    rows = [row(*runs) for _, *runs in ABLATION]
+    rows = [row(video, tracks) for _, video, tracks, *_ in ABLATION]
     keys = dict.fromkeys(summary(rows[-1]))          # the row without tracks has nulls for theirs
     ablation = [{"name": name} | keys | summary(now) for (name, *_), now in zip(ABLATION, rows)]
     for entry, now, before in zip(ablation[1:], rows[1:], rows):
@@ -713,22 +707,20 @@ def print_tables(split, report):
     print("action accuracy:", json.dumps(report["action_accuracy"]))
 
 
-PAPER = {  # its Tab. 1, 2 and 3, measured on TACO with other networks: direction and ratio count
-    "matching_pixels": "529.4", "rpe": "15.2", "pi": "98.2", "mv_rpe": "32.7", "mv_pi": "39.1",
-    "chamfer": "0.0103", "smoothness": "0.0152", "patch_consistency": "0.9351",
-    "motion_degree": "0.9877"}
-PAPER_ABLATION = (("122.7", "75.3"), ("462.6", ""), ("501.3", "46.3"), ("498.2", "33.5"),
-                  ("529.4", "32.7"))
-QUANTITIES = (  # key of the JSON, what the README calls it, digits
-    ("matching_pixels", "matching pixels between views", 1), ("rpe", "RPE of tracks, %", 2),
-    ("pi", "PI of tracks, %", 1), ("mv_rpe", "RPE across views, %", 2),
-    ("mv_pi", "PI across views, %", 1), ("chamfer", "Chamfer (ours: cm², squared, both ways)", 2),
-    ("smoothness", "smoothness (ours: mean second difference, cm)", 3),
-    ("patch_consistency", "subject consistency (ours: patch consistency)", 3),
-    ("motion_degree", "dynamic degree (ours: motion degree)", 3),
-    ("psnr_moving", "PSNR, moving pixels, dB", 2), ("psnr", "PSNR, whole picture, dB", 2),
-    ("ssim", "SSIM, whole picture", 3), ("hands+tool", "track error, hands and tool, cm", 2),
-    ("target", "track error, target, cm", 2), ("all", "track error, all, cm", 2))
+# Key of the JSON, what the README calls it, digits, and the paper's number in its Tab. 1, 2 and 3,
+# measured on TACO with other networks: direction and ratio count.
+QUANTITIES = (
+    ("matching_pixels", "matching pixels between views", 1, "529.4"),
+    ("rpe", "RPE of tracks, %", 2, "15.2"), ("pi", "PI of tracks, %", 1, "98.2"),
+    ("mv_rpe", "RPE across views, %", 2, "32.7"), ("mv_pi", "PI across views, %", 1, "39.1"),
+    ("chamfer", "Chamfer (ours: cm², squared, both ways)", 2, "0.0103"),
+    ("smoothness", "smoothness (ours: mean second difference, cm)", 3, "0.0152"),
+    ("patch_consistency", "subject consistency (ours: patch consistency)", 3, "0.9351"),
+    ("motion_degree", "dynamic degree (ours: motion degree)", 3, "0.9877"),
+    ("psnr_moving", "PSNR, moving pixels, dB", 2, ""), ("psnr", "PSNR, whole picture, dB", 2, ""),
+    ("ssim", "SSIM, whole picture", 3, ""),
+    ("hands+tool", "track error, hands and tool, cm", 2, ""),
+    ("target", "track error, target, cm", 2, ""), ("all", "track error, all, cm", 2, ""))
 
 
 def markdown(report):
@@ -737,33 +729,34 @@ def markdown(report):
         value, wide = row.get(key), row.get(key + "_ci")
         return "" if value is None else f"{value:.{digits}f} ± {wide or 0:.{digits}f}"
 
+    def line(*cells):
+        return "| " + " | ".join(cells) + " |"
+
     val, unseen = report["val"], report["unseen"]
-    full, lines = val["ablation"][-1], []
-    lines += ["| quantity | paper, on TACO | ours, `val` | ours, `unseen` | trivial baseline"
-              " | VAE round trip |", "|---" * 6 + "|"]
-    lines += [f"| {name} | {PAPER.get(key, '')} | {cell(full, key, n)} | "
-              f"{cell(unseen['ablation'][-1], key, n)} | {cell(val['baseline'], key, n)} | "
-              f"{cell(val['ceiling'], key, n)} |" for key, name, n in QUANTITIES]
+    columns = (val["ablation"][-1], unseen["ablation"][-1], val["baseline"], val["ceiling"])
+    lines = ["| quantity | paper, on TACO | ours, `val` | ours, `unseen` | trivial baseline"
+             " | VAE round trip |", "|---" * 6 + "|"]
+    lines += [line(name, paper, *(cell(column, key, digits) for column in columns))
+              for key, name, digits, paper in QUANTITIES]
     shown = (("matching_pixels", 1), ("mv_rpe", 2), ("rpe", 2), ("all", 2), ("psnr_moving", 2))
     lines += ["", "| `val` | paper: matching pixels | paper: RPE across views | matching pixels | "
               "RPE across views, % | RPE, % | tracks, cm | moving pixels, dB |", "|---" * 8 + "|"]
-    for row, numbers in zip(val["ablation"], PAPER_ABLATION):
-        lines += [f"| {row['name']} | {' | '.join(numbers)} | "
-                  + " | ".join(cell(row, *key) for key in shown) + " |"]
-        if "gain" in row:
-            lines += ["| *paired difference to the row above* | | | "
-                      + " | ".join(cell(row["gain"], *key) for key in shown) + " |"]
+    for row, (*_, pixels, rpe) in zip(val["ablation"], ABLATION):
+        lines += [line(row["name"], pixels, rpe, *(cell(row, *key) for key in shown))]
+        if "gain" in row:                                         # where the paper has no numbers
+            lines += [line("*paired difference to the row above* | |",
+                           *(cell(row["gain"], *key) for key in shown))]
     lines += ["", "| setting | what | `val` | `unseen` |", "|---" * 4 + "|"]
-    rows = [("depth", name, "rpe", "RPE of tracks, %") for name in val["depth"]]
-    rows += [("references", n, "psnr", "PSNR of the views without, dB")
-             for n in sorted(val["references"], reverse=True)]
-    rows += [("cameras", name, "psnr", "PSNR, one reference, dB") for name in val["cameras"]]
-    titles = {"depth": "depth {}", "references": "{} reference(s)", "cameras": "camera at {}"}
-    lines += [f"| {titles[table].format(name)} | {what} | {cell(val[table][name], key, 2)} | "
-              f"{cell(unseen[table][name], key, 2)} |" for table, name, key, what in rows]
-    lines += [f"| action accuracy | chance {100 * val['action_accuracy']['chance']:.0f} % | "
-              + " | ".join(f"{100 * part['action_accuracy']['accuracy']:.1f} % of "
-                           f"{part['action_accuracy']['trials']}" for part in (val, unseen)) + " |"]
+    rows = [("depth", name, f"depth {name}", "rpe", "RPE of tracks, %") for name in val["depth"]]
+    rows += [("references", count, f"{count} reference(s)", "psnr", "PSNR of the views without, dB")
+             for count in sorted(val["references"], reverse=True)]
+    rows += [("cameras", name, f"camera at {name}", "psnr", "PSNR, one reference, dB")
+             for name in val["cameras"]]
+    lines += [line(title, what, *(cell(part[table][name], key, 2) for part in (val, unseen)))
+              for table, name, title, key, what in rows]
+    actions = [part["action_accuracy"] for part in (val, unseen)]
+    lines += [line("action accuracy", f"chance {100 * actions[0]['chance']:.0f} %",
+                   *(f"{100 * part['accuracy']:.1f} % of {part['trials']}" for part in actions))]
     return "\n".join(lines)
 
 
@@ -771,7 +764,7 @@ def read_tables(path):
     """markdown() of a file; ValueError says why not."""
     try:
         return markdown(json.loads(path.read_text()))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (*UNREADABLE, ValueError) as error:
         raise ValueError(f"--tables: expected the JSON of --eval with both splits in {path}, got "
                          f"{type(error).__name__} ({first_line(error)}): write it anew") from None
 
@@ -804,8 +797,7 @@ def main(arguments=None):
             return 0
         models = load(settings)
         if settings.print_cameras:
-            size = models.config["size"]
-            print(rig_as_json(*nominal_rig(models.config["views"], size), size))
+            print(rig_as_json(models.config))
             return 0
         folder = settings.out if not settings.eval else settings.json and settings.json.parent
         if folder:

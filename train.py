@@ -27,7 +27,6 @@ import sys
 import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
@@ -128,18 +127,14 @@ def parse(arguments=None):
 
     parser.error = refuse
     settings = Settings(**vars(parser.parse_args(arguments)))
-    for name in ("steps", "batch", "rate", "minutes", "scenes", "workers", "sample_every"):
-        if not 0 <= getattr(settings, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')}: expected 0 or more, got "
-                             f"{getattr(settings, name)}")
-    for name in ("log_every", "save_every"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: expected 1 or more, got "
-                             f"{getattr(settings, name)}")
-    for name in ("guidance_dropout", "single_view"):
-        if not 0 <= getattr(settings, name) <= 1:
-            raise ValueError(f"--{name.replace('_', '-')}: expected a share in [0, 1], got "
-                             f"{getattr(settings, name)}")
+    for names, expected, least, most in (
+            ("steps batch rate minutes scenes workers sample_every", "0 or more", 0, math.inf),
+            ("log_every save_every", "1 or more", 1, math.inf),
+            ("guidance_dropout single_view", "a share in [0, 1]", 0, 1)):
+        for name in names.split():
+            value = getattr(settings, name)
+            if not least <= value <= most or value == math.inf:
+                raise ValueError(f"--{name.replace('_', '-')}: expected {expected}, got {value}")
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: expected a CUDA GPU, torch sees none: use --device cpu")
     if settings.data == "taco" and not (settings.data_root and settings.mano_dir):
@@ -160,15 +155,14 @@ class StepSampler(Sampler):
         self.start = start * count * group[1]
 
     def __iter__(self):
-        (epoch, first), (rank, world) = divmod(self.start, self.scenes), self.group
-        place = 0
-        while True:
-            generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
-            for index in torch.randperm(self.scenes, generator=generator)[first:].tolist():
-                if place // self.count % world == rank:
-                    yield index
-                place += 1
-            epoch, first = epoch + 1, 0
+        (rank, world), order = self.group, None
+        for place in itertools.count(self.start):
+            epoch, index = divmod(place, self.scenes)
+            if order is None or index == 0:                # every epoch has an order of its own
+                generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
+                order = torch.randperm(self.scenes, generator=generator).tolist()
+            if place // self.count % world == rank:
+                yield order[index]
 
 
 def make_dataset(settings, recipe, split):
@@ -180,7 +174,7 @@ def make_dataset(settings, recipe, split):
                     split_file=settings.split_file or None, **shape)
     if settings.scenes and split == "train":
         shape["length"] = settings.scenes
-    return SyntheticHOI(split, **shape)
+    return SyntheticHOI(split, device=pick_device(settings), **shape)
 
 
 class EncodedScenes(Dataset):
@@ -204,19 +198,16 @@ class EncodedScenes(Dataset):
         return self.kept[index]
 
 
-def batches(settings, dataset, order, device):
+def batches(dataset, order, workers, device):
     """An endless stream of collated samples on the device, in the order of a StepSampler."""
-    count = order.count
-    if isinstance(dataset, EncodedScenes):
-        indices = iter(order)
-        while True:
-            yield to_device(default_collate([dataset[next(indices)] for _ in range(count)]), device)
-    if settings.data == "synthetic" and device.type == "cuda":
+    if isinstance(dataset, SyntheticHOI) and device.type == "cuda":
         indices = iter(order)
         while True:                                       # the GPU renders its own scenes
-            yield dataset.batch([next(indices) for _ in range(count)], device)
-    loader = DataLoader(dataset, count, sampler=order, num_workers=settings.workers,
-                        pin_memory=device.type == "cuda", persistent_workers=settings.workers > 0)
+            yield dataset.batch([next(indices) for _ in range(order.count)])
+    if isinstance(dataset, EncodedScenes):
+        workers = 0                                       # this process has the VAE and the latents
+    loader = DataLoader(dataset, order.count, sampler=order, num_workers=workers,
+                        pin_memory=device.type == "cuda", persistent_workers=workers > 0)
     for batch in loader:
         yield to_device(batch, device)
 
@@ -300,6 +291,13 @@ def stage_losses(stage, models, batch, scheduler, settings, generators, chance):
 
 # ------------------------------------------------------------------------ more than one process
 
+def pick_device(settings):
+    """The GPU of this process, or the CPU."""
+    if settings.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
 def join_group(device):
     """(rank, world) of this process under torchrun; (0, 1) without it."""
     if "RANK" not in os.environ:
@@ -328,8 +326,8 @@ def whole(value):
 
 
 def split_like(value, example):
-    """A full tensor on the device of `example`, and split as that is."""
-    if isinstance(example, DTensor):
+    """A full tensor on the device of `example`, and split as that is (a single number is not)."""
+    if isinstance(example, DTensor) and value.ndim:
         return distribute_tensor(value.to(example.device), example.device_mesh, example.placements)
     return value.to(example.device)
 
@@ -352,29 +350,23 @@ class Trainer:
 
     def __init__(self, settings):
         self.settings, self.out = settings, Path(settings.out)
-        cuda = torch.cuda.is_available() and settings.device != "cpu"
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda \
-            else torch.device("cpu")
+        self.device = pick_device(settings)
         self.group = self.rank, self.world = join_group(self.device)
         self.say = functools.partial(print, flush=True) if self.rank == 0 else lambda line: None
         self.recipe = make_recipe(settings)
         self.scheduler = DDIMScheduler("flow")
-        self.stage, self.step, self.optimiser, self.held_out = None, 0, None, None
         self.out.mkdir(parents=True, exist_ok=True)
-        self.stopping = self.interrupted = False
+        self.interrupted, self.held_out = False, None      # by Ctrl-C; scenes of validate()
         self.load()
-        bf16 = settings.precision == "bf16"
+        self.bf16 = settings.precision == "bf16"
         if settings.precision == "auto":      # measured once: a resumed run keeps to it
             kept = self.state.get("bf16") if settings.resume else None
-            bf16 = bf16_is_faster(self.device) if kept is None else kept
-        self.bf16 = bf16
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
-        self.announce(bf16)
+            self.bf16 = bf16_is_faster(self.device) if kept is None else kept
+        self.autocast = autocast(self.device, self.bf16)
+        self.announce()
         save_memory = settings.checkpointing or self.recipe.get("checkpointing", False)
         self.models.mjd.checkpointing = self.models.dpa.checkpointing = save_memory
-        # On a CPU the product by hand measured faster for few tokens (README, Speed).
-        tokens = tokens_per_view(self.recipe["frames"], *self.recipe["size"], settings.preset)
-        self.models.mjd.fused = cuda or tokens > 1000
+        self.models.mjd.fused = prefers_fused(self.device, settings.preset, self.recipe)
         if settings.compile:                  # by block: all blocks share one compiled program
             for block in self.models.mjd.blocks:
                 block.compile()
@@ -397,9 +389,9 @@ class Trainer:
         else:
             loaded, source = load_models(shipped), f"the shipped {shipped.name}"
         config = make_config(self.settings.preset, self.recipe)
-        config["trained"] = loaded.config.get("trained", []) if loaded else []
         self.models, self.fresh = loaded or build_models(config), loaded is None
-        for name in ("vae", "mjd", "dpa"):
+        config["trained"] = self.models.config.get("trained", [])
+        for name in self.models.networks:
             if self.models.config[name] != config[name]:
                 raise ValueError(f"--preset {self.settings.preset}: {source} was made with other "
                                  f"settings of {name}: give another --out")
@@ -419,7 +411,7 @@ class Trainer:
 
     def begin(self, stage):
         """Optimiser of a stage; from the checkpoint if it was saved within this stage."""
-        self.stage, self.step = stage, 0
+        self.stage, self.step, self.stopping = stage, 0, False
         self.names = trained_networks(self.models, stage)
         warmed = 0.5 if stage == "joint" else 1.0                 # it starts from trained networks
         groups = [dict(params=list(self.models.networks[name].parameters()),
@@ -431,15 +423,11 @@ class Trainer:
         self.optimiser = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.01,
                                            fused=True)
         if self.settings.resume and self.state and self.state["stage"] == stage:
-            peaks = [group["peak"] for group in groups]                 # --rate may be new
-            saved = self.state["optimiser"]
-            for number, moments in saved["state"].items():
-                saved["state"][number] = {
-                    key: split_like(value, self.parameters[number]) if value.ndim else value
-                    for key, value in moments.items()}
-            self.optimiser.load_state_dict(saved)
-            for group, peak in zip(self.optimiser.param_groups, peaks):
-                group["peak"] = peak
+            moments = {number: {key: split_like(value, self.parameters[number])
+                                for key, value in saved.items()}
+                       for number, saved in self.state["optimiser"]["state"].items()}
+            groups = self.optimiser.state_dict()["param_groups"]        # --rate may be new
+            self.optimiser.load_state_dict(dict(state=moments, param_groups=groups))
             self.step = self.state["step"]
 
     def save(self):
@@ -467,17 +455,17 @@ class Trainer:
         dataset = make_dataset(self.settings, self.recipe, "train")
         if stage != "vae" and self.settings.scenes:
             dataset = EncodedScenes(dataset, self.models.vae, self.autocast)
-        count = self.settings.batch or self.recipe["batch"]
 
         def scenes(step, group=(0, 1)):       # by default the same ones in all processes
-            order = StepSampler(len(dataset), self.settings.seed, step, count, group)
-            return batches(self.settings, dataset, order, self.device)
-        self.first_batch(stage, scenes(0))
+            order = StepSampler(len(dataset), self.settings.seed, step, self.recipe["batch"], group)
+            return batches(dataset, order, self.settings.workers, self.device)
+        if self.step == 0:
+            self.first_batch(scenes(0))
         stream = scenes(self.step, self.group)
         self.started, self.first_step = time.perf_counter(), self.step
         while self.step < steps and not self.stopping:
             progress = self.progress(steps)
-            line = self.train_step(stage, next(stream), progress)
+            line = self.train_step(next(stream), progress)
             self.step += 1
             self.stopping |= progress >= 1
             if self.step % self.settings.log_every == 0 or self.step in (1, steps):
@@ -488,8 +476,7 @@ class Trainer:
                 self.save()
         if stage == "vae":
             measure_latents(self.models.vae, scenes(self.step), 16)
-            for key in ("latent_mean", "latent_std"):
-                self.average["vae"][key].copy_(getattr(self.models.vae, key))
+            self.reset_average("vae", "latent_mean", "latent_std")
         self.finish_stage()
 
     def progress(self, steps):
@@ -503,33 +490,33 @@ class Trainer:
             progress, self.stopping = common[0].item(), self.stopping or common[1].item() > 0
         return progress
 
-    def first_batch(self, stage, stream):
+    def first_batch(self, stream):
         """A new VAE starts from the principal components of some scenes; networks that have not
         seen this data set yet, from its units."""
         seen = any(entry["data"] == self.settings.data and entry["stage"] != "vae"
                    for entry in self.models.config["trained"])
-        if stage != "vae" and self.step == 0 and not seen:
+        if self.stage != "vae" and not seen:
             measure_units(self.models, stream, 16)
-            for name, key in (("mjd", "scale_centre"), ("dpa", "scene_centre")):
-                self.average[name][key].copy_(getattr(self.models.networks[name], key))
-        if stage == "vae" and self.step == 0 and self.fresh:
+            self.reset_average("mjd", "scale_centre")
+            self.reset_average("dpa", "scene_centre")
+        if self.stage == "vae" and self.fresh:
             scenes = [next(stream) for _ in range(4)]
             videos = torch.cat([fold(s[key]) for s in scenes for key in ("video", "pseudo")])
             self.models.vae.init_from(videos)
-            self.average["vae"] = {k: v.clone() for k, v in self.models.vae.state_dict().items()}
+            self.reset_average("vae", *self.average["vae"])
 
-    def train_step(self, stage, batch, progress):
+    def train_step(self, batch, progress):
         """One optimiser step; the loss parts, gradient norm and rate for the log."""
         share = learning_rate(progress)
         for group in self.optimiser.param_groups:
             group["lr"] = share * group["peak"]
         with self.autocast:
-            parts = stage_losses(stage, self.models, batch, self.scheduler, self.settings,
+            parts = stage_losses(self.stage, self.models, batch, self.scheduler, self.settings,
                                  *self.randomness(len(batch["prompt"])))
         loss = sum(parts.values())
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        if self.world > 1 and stage == "vae":                   # which is not sharded
+        if self.world > 1 and self.stage == "vae":              # which is not sharded
             for parameter in self.parameters:
                 dist.all_reduce(parameter.grad.div_(self.world))
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, 1.0))
@@ -543,12 +530,12 @@ class Trainer:
     def randomness(self, count):
         """A generator for each of this process's samples of the step, and two numbers in [0,1] for
         all. They depend on seed, stage and step alone: a resumed run needs no state of them."""
+        def generator(*numbers):
+            seed = stable_hash(self.settings.seed, STAGES.index(self.stage), *numbers)
+            return torch.Generator().manual_seed(seed)
         first = (self.step * self.world + self.rank) * count
-        seeds = [stable_hash(self.settings.seed, STAGES.index(self.stage), 1, first + place)
-                 for place in range(count)]
-        step = stable_hash(self.settings.seed, STAGES.index(self.stage), 0, self.step)
-        chance = torch.rand(2, generator=torch.Generator().manual_seed(step))
-        return [torch.Generator().manual_seed(seed) for seed in seeds], chance
+        return ([generator(1, first + place) for place in range(count)],
+                torch.rand(2, generator=generator(0, self.step)))
 
     def check_finite(self, parts, norm):
         """Stops before the step that would spoil the weights."""
@@ -569,21 +556,27 @@ class Trainer:
                 if value.is_floating_point():
                     self.average[name][key].lerp_(value.to(self.average[name][key]), 1 - decay)
 
+    def reset_average(self, name, *keys):
+        """What was measured and not learnt counts at once: the averages become the network's."""
+        state = self.models.networks[name].state_dict()
+        for key in keys:
+            self.average[name][key].copy_(state[key])
+
     # ---------------------------------------------------------------------------------- reports
 
-    def announce(self, bf16):
+    def announce(self):
         """What decides the run, before step 1."""
         recipe, settings = self.recipe, self.settings
-        count = settings.batch or recipe["batch"]
         sizes = ", ".join(f"{name} {count_parameters(network) / 1e6:.2f} M"
                           for name, network in self.models.networks.items())
         why = "measured faster" if settings.precision == "auto" else "as told"
-        self.say(f"device {device_name(self.device)}, {'bf16' if bf16 else 'fp32'} ({why}); "
-                 f"{sizes}")
-        self.say(f"{recipe['views']} views x {recipe['frames']} frames x {recipe['size'][0]}x"
-                 f"{recipe['size'][1]}, {recipe['tracks']} tracks; batch {count} scenes x "
-                 f"{recipe['views']} views x {self.world} processes = "
-                 f"{count * recipe['views'] * self.world}; seed {settings.seed}; into {self.out}")
+        self.say(f"device {device_name(self.device)}, {'bf16' if self.bf16 else 'fp32'} "
+                 f"({why}); {sizes}")
+        batch, views, (height, width) = recipe["batch"], recipe["views"], recipe["size"]
+        self.say(f"{views} views x {recipe['frames']} frames x {height}x{width}, "
+                 f"{recipe['tracks']} tracks; batch {batch} scenes x {views} views x "
+                 f"{self.world} processes = {batch * views * self.world}; "
+                 f"seed {settings.seed}; into {self.out}")
 
     def log(self, line, steps):
         """One line on the screen and one in log.jsonl."""
@@ -596,8 +589,7 @@ class Trainer:
         text = " ".join(f"{key} {value:.4g}" for key, value in line.items())
         self.say(f"{self.stage} {self.step}/{steps} {text} {pace:.2f} s/step, "
                  f"{left / 60:.0f} min left")
-        self.write_log({"stage": self.stage, "step": self.step, **line, "seconds": seconds,
-                        "seconds_per_step": pace})
+        self.write_log(line | {"seconds": seconds, "seconds_per_step": pace})
 
     def mean(self, value):
         """A number averaged over the processes."""
@@ -607,11 +599,10 @@ class Trainer:
         return value.item()
 
     def write_log(self, record):
-        """Appends a dict to log.jsonl."""
-        if self.rank:
-            return
-        with open(self.out / "log.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
+        """Appends a dict to log.jsonl, after stage and step."""
+        if self.rank == 0:
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps({"stage": self.stage, "step": self.step, **record}) + "\n")
 
     @torch.no_grad()
     def validate(self, scenes=4):
@@ -633,15 +624,14 @@ class Trainer:
                 videos, scores = [averaged.vae.round_trip(fold(truth)).view_as(truth)], {}
             else:
                 videos, scores = self.validation_samples(averaged, batch)
-        still = truth[:, :, :, :1].expand_as(truth)
         scores |= {"moving_psnr": moving_psnr(videos[0], truth),
-                   "still_psnr": moving_psnr(still, truth)}
+                   "still_psnr": moving_psnr(truth[:, :, :, :1].expand_as(truth), truth)}
         rows = [film_strip(clip[0, view]) for view in range(truth.shape[1])
                 for clip in (truth, *videos)]
         name = f"val_{self.stage}_{self.step}.png"
         iio.imwrite(self.out / name, torch.cat(rows).cpu().numpy())
         self.say(f"  {name}: " + ", ".join(f"{k} {v:.2f}" for k, v in scores.items()))
-        self.write_log({"stage": self.stage, "step": self.step, **scores})
+        self.write_log(scores)
 
     def validation_samples(self, models, batch, steps=10):
         """Videos with all references and with the centre view's alone, and their scores: dB of the
@@ -706,20 +696,14 @@ def block_flops(views, frames, places, dim, hidden, text):
 
 def seconds_of(function, device, least=0.5):
     """Best time of one call in seconds, after a warm-up call, over at least `least` seconds."""
-    times, started = [], time.perf_counter()
-    while len(times) < 2 or time.perf_counter() - started < least:
+    times = []
+    while len(times) < 2 or sum(times) < least:
         start = time.perf_counter()
         function()
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return min(times[1:])
-
-
-def latent_shape(preset):
-    """(n, h, w) of the latents that a preset trains on."""
-    strides = SimpleNamespace(strides=PRESETS[preset]["vae"]["strides"])
-    return VideoVAE.latent_size(strides, RECIPES[preset]["frames"], *RECIPES[preset]["size"])
 
 
 def kept_gib(forward):
@@ -745,35 +729,37 @@ class Case:
 
     def __init__(self, device, preset, dtype, views=3, shape=None, whole=False, full=False):
         size, channels = PRESETS[preset]["mjd"], PRESETS[preset]["vae"]["channels"]
-        frames, height, width = shape = shape or latent_shape(preset)
-        dim, hidden, text = size["dim"], size["mlp"], size["text_tokens"]
-        self.layout = Layout(frames, height // 2, width // 2, dim // size["heads"], device)
-        self.device, self.dtype, self.whole, self.full = device, dtype, whole, full
+        frames, height, width = shape or VideoVAE(**PRESETS[preset]["vae"]).latent_size(
+            RECIPES[preset]["frames"], *RECIPES[preset]["size"])
+        dim, heads, hidden = size["dim"], size["heads"], size["mlp"]
+        layout = Layout(frames, height // 2, width // 2, dim // heads, device)
+        self.device, self.dtype, self.whole = device, dtype, whole
+        self.flops = block_flops(views, frames, layout.places, dim, hidden, size["text_tokens"])
         with torch.device(device):
-            self.network = MJD(channels, **size) if whole else Block(dim, size["heads"], hidden)
-            self.text = torch.randn(1, text, dim), torch.ones(1, text, dtype=torch.bool)
-            latents = torch.randn(1, views, channels, *shape)
-            self.whole_input = (latents, latents, torch.tensor([0.5]), self.text, torch.randn(
-                1, views, 6, height, width), torch.ones(1, views, dtype=torch.bool))
-            self.x = torch.randn(1, views, len(self.layout.within[0]), dim, dtype=dtype)
-            self.rows = torch.randn(1, views, frames + 1, 6, dim)
-        self.flops = block_flops(views, frames, height * width // 4, dim, hidden, text)
-        if whole:
-            self.flops *= size["depth"]
-        if full:
-            tokens = views * self.x.shape[2]
-            self.flops = 8 * dim ** 2 * tokens + 4 * dim * tokens ** 2
+            text = (torch.randn(1, size["text_tokens"], dim),
+                    torch.ones(1, size["text_tokens"], dtype=torch.bool))
+            self.x = torch.randn(1, views, len(layout.within[0]), dim, dtype=dtype)
+            if whole:
+                latents = torch.randn(1, views, channels, frames, height, width)
+                self.network = MJD(channels, **size)
+                self.inputs = (latents, latents, torch.tensor([0.5]), text, torch.randn(
+                    1, views, 6, height, width), torch.ones(1, views, dtype=torch.bool))
+                self.flops *= size["depth"]
+            else:
+                self.network = Block(dim, heads, hidden)
+                self.inputs = self.x, torch.randn(1, views, frames + 1, 6, dim), layout, *text
+        if full:                                              # (1, V T, D): one view of all
+            x, rotary = self.x.flatten(1, 2), [table.repeat(views, 1) for table in layout.within]
+            self.network, self.inputs = self.network.intra_view, (x, rotary)
+            self.flops = 8 * dim ** 2 * x.shape[1] + 4 * dim * x.shape[1] ** 2
 
     def forward(self, fused):
         """One forward pass."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with autocast(self.device, self.dtype == torch.bfloat16):
             if self.whole:
                 self.network.fused = fused
-                return self.network(*self.whole_input)[1]
-            if self.full:                                     # (1, 1, V T, D): one view of all
-                rotary = [table.repeat(self.x.shape[1], 1) for table in self.layout.within]
-                return self.network.intra_view(self.x.flatten(1, 2), rotary, fused)
-            return self.network(self.x, self.rows, self.layout, *self.text, fused)
+                return self.network(*self.inputs)[1]
+            return self.network(*self.inputs, fused)
 
     def seconds(self, backward=True, fused=True, compiled=False):
         """Time of a forward pass, with `backward` of the backward pass too."""
@@ -790,8 +776,7 @@ class Case:
 
 def time_blocks(device, preset, dtype, limit):
     """A table row (dict) for every way to run a block and the network of a preset."""
-    tokens = tokens_per_view(RECIPES[preset]["frames"], *RECIPES[preset]["size"], preset)
-    best = device.type == "cuda" or tokens > 1000             # the Trainer's choice of attention
+    best = prefers_fused(device, preset, RECIPES[preset])
     ways = [(False, *way, False) for way in itertools.product((False, True), (False, True))]
     ways += [(False, True, best, True)]
     if preset != "paper":                                     # of which one block is enough
@@ -801,15 +786,15 @@ def time_blocks(device, preset, dtype, limit):
         flops = case.flops * (3 if backward else 1)
         row = dict(preset=preset, part="network" if whole else "block", backward=backward,
                    fused=fused, compiled=compiled, seconds=None, share=None, gib=None)
+        timed = "left out: too long"
         if flops / limit < TOO_LONG:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             row["seconds"] = case.seconds(backward, fused, compiled)
             row["share"] = flops / row["seconds"] / limit
+            timed = f"{1e3 * row['seconds']:9.1f} ms {row['share']:6.1%} of the limit"
             if device.type == "cuda":
                 row["gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
-        timed = "left out: too long" if row["seconds"] is None else \
-            f"{1e3 * row['seconds']:9.1f} ms {row['share']:6.1%} of the limit"
         print(f"{preset:6}{row['part']:8}{'forward+backward' if backward else 'forward':17}"
               f"{'fused' if fused else 'by hand':8}{'compiled' if compiled else '':9}{timed}")
         yield row
@@ -821,22 +806,22 @@ def training_memory(device, preset, dtype):
     with torch.device("meta"):
         models = build_models(config)
     trained = count_parameters(models.mjd) + count_parameters(models.dpa)
-    case, depth = Case(device, preset, dtype), config["mjd"]["depth"]
+    blocks, layers = config["mjd"]["depth"], config["dpa"]["depth"]
     slots = (1, recipe["views"], recipe["frames"], recipe["tracks"])
+    case = Case(device, preset, dtype)
     with torch.device(device):
         dpa = DPA(**config["dpa"] | {"depth": 1})
         points = torch.randn(*slots, 3) / 10
         condition = (torch.full((1,), 0.5), torch.ones(slots, dtype=torch.bool),
                      torch.rand(*slots[:2], slots[3], 2), torch.ones(*slots[:2], 3))
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        aligner = kept_gib(lambda: dpa(points, points, *condition))
     block = kept_gib(lambda: case.forward(True))
-    inputs = (depth * case.x.nbytes + config["dpa"]["depth"] * points.nbytes / 3
-              * config["dpa"]["dim"] * case.x.itemsize / points.itemsize) / 2 ** 30
+    with autocast(device, dtype == torch.bfloat16):
+        layer = kept_gib(lambda: dpa(points, points, *condition))
+    inputs = blocks * case.x.numel() + layers * math.prod(slots) * config["dpa"]["dim"]
     row = dict(preset=preset, dtype=str(dtype),
                states=20 * trained / 2 ** 30,    # fp32: weight, gradient, two of AdamW, average
-               kept=depth * block + config["dpa"]["depth"] * aligner,
-               kept_checkpointing=block + aligner + inputs)
+               kept=blocks * block + layers * layer,
+               kept_checkpointing=block + layer + inputs * case.x.itemsize / 2 ** 30)
     print(f"{preset:6}training memory of one sample: weights to averages {row['states']:.2f} GiB, "
           f"kept for the backward pass {row['kept']:.2f} GiB, {row['kept_checkpointing']:.2f} with "
           "--checkpointing")
@@ -851,10 +836,9 @@ def time_scaling(device, preset, dtype):
               "pixels": [(3, (4, 8 * r, 12 * r)) for r in (1, 2, 3)]}
     for axis, full in itertools.product(scaled, (False, True)):
         cases = [Case(device, preset, dtype, *size, full=full) for size in scaled[axis]]
-        seconds = [case.seconds() for case in cases]
+        seconds, flops = [case.seconds() for case in cases], [case.flops for case in cases]
         sizes = [views * math.prod(shape) for views, shape in scaled[axis]]
-        measured, counted = (np.polyfit(np.log(sizes), np.log(column), 1)[0]
-                             for column in (seconds, [case.flops for case in cases]))
+        measured, counted = (np.polyfit(np.log(sizes), np.log(y), 1)[0] for y in (seconds, flops))
         print(f"{axis:6} {'full attention' if full else 'block':14} "
               f"{', '.join(f'{1e3 * s:.1f}' for s in seconds)} ms, exponent {measured:.2f}, "
               f"of FLOPs {counted:.2f}")
@@ -865,29 +849,28 @@ def time_scaling(device, preset, dtype):
 def time_models(device, preset, dtype):
     """{part: seconds} of everything around the MJD: VAE, DPA, world, a whole sampling step."""
     recipe, config = RECIPES[preset], make_config(preset, RECIPES[preset])
-    shape = {key: recipe[key] for key in ("size", "frames", "views", "tracks")}
     models = build_models(config).to(device)
-    dataset = SyntheticHOI("val", device=device, **shape)
-    batch = dataset.batch([0])
+    dataset = make_dataset(Settings(), recipe, "val")
+    batch = dataset.batch([0], device=device)
     cameras, anchors = (batch["intrinsics"], batch["extrinsics"]), true_anchors(batch)
     given = torch.ones(1, recipe["views"], dtype=torch.bool, device=device)
     now = torch.full((1,), 0.5, device=device)
 
     def sampling(**switches):
-        return lambda: list(sample(models, batch["video"][:, :, :, 0], given, batch["prompt"],
-                                   cameras, recipe["frames"], 4, num_tracks=recipe["tracks"],
-                                   anchors=anchors, **switches))
-    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        return list(sample(models, batch["video"][:, :, :, 0], given, batch["prompt"], cameras,
+                           recipe["frames"], 4, num_tracks=recipe["tracks"], anchors=anchors,
+                           **switches))
+    with torch.no_grad(), autocast(device, dtype == torch.bfloat16):
         latents = encode(models.vae, batch["video"], "video")
         coarse = read_tracks(models.vae, latents, batch["scale"], cameras, recipe["tracks"],
                              anchors)
         points = torch.randn_like(batch["tracks"])
-        found = {"world, one scene": lambda: dataset.batch([1]),
+        found = {"world, one scene": lambda: dataset.batch([1], device=device),
                  "VAE encode, all views": lambda: encode(models.vae, batch["video"], "video"),
                  "VAE decode, all views": lambda: decode(models.vae, latents, "video"),
                  "DPA": lambda: align(models.dpa, points, coarse, now, cameras, recipe["size"]),
-                 "sampling step, no loop": sampling(use_dpa=False),
-                 "sampling step, full loop": sampling()}
+                 "sampling step, no loop": lambda: sampling(use_dpa=False),
+                 "sampling step, full loop": sampling}
         return {name: seconds_of(function, device) / (4 if "step" in name else 1)
                 for name, function in found.items()}
 
@@ -924,9 +907,21 @@ def device_name(device):
             f"{torch.backends.cpu.get_cpu_capability()} x {torch.get_num_threads()} threads")
 
 
+def autocast(device, bf16):
+    """The context of all passes: products in bf16, or everything in fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def prefers_fused(device, preset, recipe):
+    """Which attention: on a CPU the one by hand measured faster for few tokens (README, Speed)."""
+    tokens = tokens_per_view(recipe["frames"], *recipe["size"], preset)
+    return device.type == "cuda" or tokens > 1000
+
+
 def make_recipe(settings):
-    """The preset's recipe with --size in place."""
+    """The preset's recipe with --size and --batch in place."""
     recipe = dict(RECIPES[settings.preset])
+    recipe["batch"] = settings.batch or recipe["batch"]
     if settings.size:
         try:
             height, width = map(int, settings.size.lower().split("x"))
@@ -988,8 +983,7 @@ def main(arguments=None):
     try:
         settings = parse(arguments)
         if settings.benchmark:
-            cuda = torch.cuda.is_available() and settings.device != "cpu"
-            benchmark(torch.device("cuda" if cuda else "cpu"), settings.json)
+            benchmark(pick_device(settings), settings.json)
             return 0
         trainer = Trainer(settings)
 
@@ -1002,7 +996,6 @@ def main(arguments=None):
         if settings.resume and trainer.state["stage"] in stages:
             stages = stages[stages.index(trainer.state["stage"]):]
         for stage in stages:
-            trainer.stopping = False
             trainer.run(stage)
             if trainer.interrupted:
                 print(f"saved; go on with: python train.py {' '.join(sys.argv[1:])} --resume")
