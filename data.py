@@ -72,7 +72,8 @@ def unproject(uv, depth, intrinsics, extrinsics):
     """The inverse of `project`: uv (V,...,2) pixels, depth (V,...) m -> world points (V,...,3)."""
     shape = depth.shape
     uv, depth = uv.reshape(shape[0], -1, 2), depth.reshape(shape[0], -1, 1)
-    camera = torch.cat([uv, torch.ones_like(depth)], -1) @ torch.linalg.inv(intrinsics).mT * depth
+    inverse = torch.linalg.inv_ex(intrinsics)[0]           # a GPU does not wait for a check
+    camera = torch.cat([uv, torch.ones_like(depth)], -1) @ inverse.mT * depth
     world = (camera - extrinsics[:, None, :3, 3]) @ extrinsics[:, :3, :3]
     return world.reshape(*shape, 3)
 

@@ -367,7 +367,7 @@ class DPA(nn.Module):
         for i, block in enumerate(self.blocks):
             arguments = (x, time, coarse, valid, layout, layout.curves[i % 2])
             if self.checkpointing and self.training:
-                x = checkpoint(block, *arguments, use_reentrant=False)
+                x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(*arguments)
         x = self.head(modulate(x, *self.modulation(time).chunk(2, -1))).float()

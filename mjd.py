@@ -68,7 +68,7 @@ def rms_norm(x, eps=1e-6):
 
     Wan has LayerNorm here; without weights and in bf16 this is three times faster on a CPU.
     """
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps).to(x.dtype)
 
 
 def timestep_embedding(t, dim):
@@ -109,7 +109,8 @@ def ray_centres(rays):
         direction, moment = rays.float().flatten(3).movedim(2, -1).split(3, -1)   # (B,V,HW,3)
         across = torch.eye(3, device=rays.device) * (direction.shape[2] + 1e-3)
         across = across - direction.mT @ direction             # never singular, thanks to the 1e-3
-        return torch.linalg.solve(across, torch.linalg.cross(direction, moment).sum(2))
+        # solve_ex: as solve, but a GPU need not wait for its check of errors.
+        return torch.linalg.solve_ex(across, torch.linalg.cross(direction, moment).sum(2))[0]
 
 
 def zero_init(layer):
@@ -353,10 +354,11 @@ class TextEncoder(nn.Module):
     def forward(self, prompts):
         device = self.embedding.weight.device
         rows = [list(prompt.encode("utf-8")) + [256] for prompt in prompts]
-        lengths = torch.tensor([[len(row)] for row in rows], device=device)
-        if lengths.max() > self.tokens:
+        longest = max(map(len, rows))
+        if longest > self.tokens:
             raise ValueError(f"expected a prompt of at most {self.tokens - 1} bytes, got "
-                             f"{int(lengths.max()) - 1}: shorten it to '<tool, action, target>'")
+                             f"{longest - 1}: shorten it to '<tool, action, target>'")
+        lengths = torch.tensor([[len(row)] for row in rows], device=device)
         # Padding repeats the end mark; nobody looks at it, here or in the cross-attention.
         codes = torch.tensor([row + [256] * (self.tokens - len(row)) for row in rows],
                              device=device)
@@ -505,7 +507,7 @@ class MJD(nn.Module):
         for block in self.blocks:
             arguments = (x, modulation, layout, text_tokens, text_mask, self.fused)
             if self.checkpointing and self.training:
-                x = checkpoint(block, *arguments, use_reentrant=False)
+                x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(*arguments)
         shift, scale = map(layout.spread, head_row.to(x.dtype).chunk(2, -1))

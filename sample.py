@@ -8,7 +8,8 @@
 Into --out it writes video_view*.mp4, motion_view*.mp4 (the motion pseudo videos), overview.png,
 overview.gif, viewer.html (videos and orbitable tracks, for a browser) and tracks.npz: tracks
 (V,N,K,3) metres, world, valid (V,N,K), anchors (V,K,2) pixels, cameras, scale, fps, prompt. Same
-seed, same files. All sizes come from the checkpoint; symbols, units and frames are data.py's.
+seed, same files (on a CPU: a GPU adds up in any order). All sizes come from the checkpoint;
+symbols, units and frames are data.py's.
 """
 
 import os

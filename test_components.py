@@ -3,10 +3,6 @@
 A test states what the paper or a docstring promises. Networks have the `tiny` preset.
 """
 
-import os
-
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")    # before torch: README, Speed, "shared machine"
-
 import ast
 import base64
 import contextlib
@@ -16,6 +12,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import os
 import pickle
 import re
 import shutil
@@ -47,7 +44,7 @@ import train
 HERE = Path(__file__).parent
 SCRIPTS = [HERE / f"{name}.py" for name in "data mjd dpa cycle train sample".split()]
 TINY = dict(size=(32, 48), frames=5, views=2, tracks=32)
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+torch.set_num_threads(1)             # on small tensors, threads mostly wait for one another
 
 
 def awake_models():
@@ -369,7 +366,6 @@ def make_taco_tree(path):
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    torch.set_num_threads(1)                  # on small tensors, threads mostly wait for another
     return make_taco_tree(tmp_path_factory.mktemp("taco"))
 
 
@@ -902,29 +898,45 @@ def test_ctrl_c_and_resume_equal_an_uninterrupted_run(run, tmp_path, monkeypatch
     assert same(*states)
 
 
-def test_two_processes_equal_one_and_share_its_checkpoints(run, tmp_path):
-    def log(name):
-        lines = map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines())
-        return [[line[key] for key in ("video", "motion", "gradient")] for line in lines]
-    flags = "--stage joint --guidance-dropout 0 --log-every 1 --resume --steps 4"
-    assert run(tmp_path / "one", "--stage joint --steps 1 --batch 2") == 0
-    shutil.copytree(tmp_path / "one", tmp_path / "two")
+PAIR = "--stage joint --guidance-dropout 0 --log-every 1 --resume --steps 4"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def pair(request, run, tmp_path_factory):
+    """A folder after one step of a batch of 2, and two processes that go on with a copy of it while
+    other tests run, since they take a quarter of a minute; only if their test is wanted."""
+    if not any("two_processes" in item.name for item in request.session.items):
+        yield
+        return
+    out = tmp_path_factory.mktemp("pair")
+    assert run(out / "one", "--stage joint --steps 1 --batch 2") == 0
+    shutil.copytree(out / "one", out / "two")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, HERE / "train.py", "--out", tmp_path / "two", *run.fixed]
-    both = [subprocess.Popen(list(map(str, command)) + flags.split(), stderr=subprocess.PIPE, env={
+    command = [sys.executable, HERE / "train.py", "--out", out / "two", *run.fixed, *PAIR.split()]
+    both = [subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, env={
         **os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)})     # as torchrun sets them
         for rank in range(2)]
+    yield out, both
+    for process in both:
+        process.kill()
+
+
+def test_two_processes_equal_one_and_share_its_checkpoints(pair, run):
+    def log(name):
+        lines = map(json.loads, (out / name / "log.jsonl").read_text().splitlines())
+        return [[line[key] for key in ("video", "motion", "gradient")] for line in lines]
+    out, both = pair
     for process in both:
         error = process.communicate(timeout=300)[1]
         assert process.returncode == 0, error
-    assert run(tmp_path / "one", f"{flags} --batch 2") == 0
+    assert run(out / "one", f"{PAIR} --batch 2") == 0
     one, two = log("one"), log("two")
     assert len(one) == len(two) == 4 and one[1] == pytest.approx(two[1], rel=1e-5)
     assert one[3] == pytest.approx(two[3], rel=1e-3)                 # three steps of rounding on
-    assert run(tmp_path / "two", f"{flags} --steps 5 --batch 2") == 0           # and back to one
+    assert run(out / "two", f"{PAIR} --steps 5 --batch 2") == 0                # and back to one
 
 
 def one_line(capsys):
@@ -945,6 +957,12 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch
     assert run(tmp_path, "--stage joint --steps 5 --save-every 2") == 2
     error = one_line(capsys)
     assert "joint step 2" in error and "motion" in error and saved.read_bytes() == kept[0]
+    trainer = train.Trainer(train.parse([*run.fixed, "--out", str(tmp_path)]))
+    trainer.begin("joint")
+    trainer.found = {"video": torch.tensor(math.nan)}, torch.zeros(())
+    with pytest.raises(ValueError, match="video = nan"):      # on a GPU not every step is checked
+        trainer.save()
+    assert saved.read_bytes() == kept[0]
 
 
 def test_a_checkpoint_is_old_or_new_and_never_half(tmp_path, monkeypatch):
@@ -964,7 +982,6 @@ def test_a_checkpoint_is_old_or_new_and_never_half(tmp_path, monkeypatch):
 def kill_while_working(work, seconds):
     """Runs work() again and again in a process that gets kill -9 after so many seconds."""
     def forever():
-        torch.set_num_threads(1)                     # OpenMP's threads do not survive a fork
         for _ in itertools.count():
             work()
     process = multiprocessing.get_context("fork").Process(target=forever)

@@ -200,7 +200,7 @@ class EncodedScenes(Dataset):
 
 def batches(dataset, order, workers, device):
     """An endless stream of collated samples on the device, in the order of a StepSampler."""
-    if isinstance(dataset, SyntheticHOI) and device.type == "cuda":
+    if isinstance(dataset, SyntheticHOI) and device.type == "cuda" and not dataset.cache:
         indices = iter(order)
         while True:                                       # the GPU renders its own scenes
             yield dataset.batch([next(indices) for _ in range(order.count)])
@@ -302,10 +302,10 @@ def join_group(device):
     """(rank, world) of this process under torchrun; (0, 1) without it."""
     if "RANK" not in os.environ:
         return 0, 1
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -362,6 +362,7 @@ class Trainer:
         if settings.precision == "auto":      # measured once: a resumed run keeps to it
             kept = self.state.get("bf16") if settings.resume else None
             self.bf16 = bf16_is_faster(self.device) if kept is None else kept
+            self.bf16 = self.mean(float(self.bf16)) == 1      # all processes alike
         self.autocast = autocast(self.device, self.bf16)
         self.announce()
         save_memory = settings.checkpointing or self.recipe.get("checkpointing", False)
@@ -412,6 +413,9 @@ class Trainer:
     def begin(self, stage):
         """Optimiser of a stage; from the checkpoint if it was saved within this stage."""
         self.stage, self.step, self.stopping = stage, 0, False
+        self.found = {}, torch.zeros(())                 # loss parts and gradient norm of a step
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         self.names = trained_networks(self.models, stage)
         warmed = 0.5 if stage == "joint" else 1.0                 # it starts from trained networks
         groups = [dict(params=list(self.models.networks[name].parameters()),
@@ -433,6 +437,7 @@ class Trainer:
     def save(self):
         """checkpoint.pt and weights.pt, each under its final name only when it is whole. They are
         the same files, whatever the number of processes; the first one writes them."""
+        self.check_finite()
         networks = {name: network.state_dict() for name, network in self.models.networks.items()}
         state = tree_map(whole, networks | dict(
             config=self.models.config, average=self.average, optimiser=self.optimiser.state_dict(),
@@ -521,11 +526,12 @@ class Trainer:
                 dist.all_reduce(parameter.grad.div_(self.world))
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, 1.0))
         parts = {key: value.detach() for key, value in parts.items()}
+        self.found = parts, norm.detach()
         if self.device.type == "cpu" or self.step % self.settings.log_every == 0:
-            self.check_finite(parts, norm)    # on a GPU now and then: it waits for the result
+            self.check_finite()               # on a GPU now and then: it waits for the result
         self.optimiser.step()
         self.update_average()
-        return parts | {"gradient": norm.detach(), "rate": share}
+        return parts | {"gradient": self.found[1], "rate": share}
 
     def randomness(self, count):
         """A generator for each of this process's samples of the step, and two numbers in [0,1] for
@@ -537,8 +543,9 @@ class Trainer:
         return ([generator(1, first + place) for place in range(count)],
                 torch.rand(2, generator=generator(0, self.step)))
 
-    def check_finite(self, parts, norm):
-        """Stops before the step that would spoil the weights."""
+    def check_finite(self):
+        """Stops before the step, or the checkpoint, that would spoil the weights."""
+        parts, norm = self.found
         bad = [key for key, value in parts.items() if not torch.isfinite(value)]
         if bad or not torch.isfinite(norm):
             path = self.out / "checkpoint.pt"
@@ -790,9 +797,12 @@ def time_blocks(device, preset, dtype, limit):
         if flops / limit < TOO_LONG:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            row["seconds"] = case.seconds(backward, fused, compiled)
-            row["share"] = flops / row["seconds"] / limit
-            timed = f"{1e3 * row['seconds']:9.1f} ms {row['share']:6.1%} of the limit"
+            try:
+                row["seconds"] = case.seconds(backward, fused, compiled)
+                row["share"] = flops / row["seconds"] / limit
+                timed = f"{1e3 * row['seconds']:9.1f} ms {row['share']:6.1%} of the limit"
+            except torch.OutOfMemoryError:
+                timed = "left out: too much memory"
             if device.type == "cuda":
                 row["gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
         print(f"{preset:6}{row['part']:8}{'forward+backward' if backward else 'forward':17}"
@@ -908,8 +918,13 @@ def device_name(device):
 
 
 def autocast(device, bf16):
-    """The context of all passes: products in bf16, or everything in fp32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    """The context of all passes: products in bf16, or everything in fp32.
+
+    Without autocast's cache of cast weights: torch before pull request 165068 (December 2025) kept
+    those of a pass without gradient, as refine() makes two, and later passes then gave these
+    weights none.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
 def prefers_fused(device, preset, recipe):
@@ -1002,6 +1017,10 @@ def main(arguments=None):
                 break
         if trainer.rank == 0:
             plot_losses(trainer.out)
+    except torch.OutOfMemoryError as error:
+        print(f"train.py: expected all of it to fit the GPU's memory, got: {str(error)[:120]}: use "
+              "--checkpointing, a smaller --batch or a smaller --size", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
