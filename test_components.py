@@ -982,6 +982,7 @@ def test_a_checkpoint_is_old_or_new_and_never_half(tmp_path, monkeypatch):
 def kill_while_working(work, seconds):
     """Runs work() again and again in a process that gets kill -9 after so many seconds."""
     def forever():
+        torch.set_num_threads(1)          # torch renews its pool after a fork: before threads do
         for _ in itertools.count():
             work()
     process = multiprocessing.get_context("fork").Process(target=forever)
