@@ -460,7 +460,7 @@ def draw(truth, coarse, aligned, curve, path):
     plt.close(figure)
 
 
-def lesson(steps=150, batch=4):
+def lesson(steps=120, batch=4):
     """Trains a tiny DPA on toy scenes, never twice the same; measures and draws unseen ones."""
     torch.manual_seed(0)
     dpa, test, start = DPA(dim=64, depth=2, patch=48), toy_scenes(32), time.time()
