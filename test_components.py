@@ -1218,9 +1218,9 @@ def test_readme_is_true_and_the_paper_is_cited(capsys):
 
 # Functions of the four libraries that take and return no tensors, or any.
 SHAPELESS = """full_precision zero_init mlp tokens_per_view count_parameters mixed hue cone bowl
-    ball disc actions scene describe batch find_class read_pickle as_array load_mano stable_hash attempt
-    note summary split_of inspect load build film taco_contact_sheet taco_lesson lesson_picture
-    bf16_is_faster build_models load_models to device networks check_shapes
+    ball disc actions scene describe batch find_class read_pickle as_array load_mano stable_hash
+    attempt note summary split_of inspect load build film taco_contact_sheet taco_lesson
+    lesson_picture bf16_is_faster build_models load_models to device networks check_shapes
     check_sample_inputs main lesson""".split()
 
 
