@@ -377,6 +377,9 @@ def refine(models, noisy, scheduler):
                          noisy.anchors)
     velocity = align(models.dpa, noisy.points_t, coarse, noisy.t, noisy.cameras, noisy.size)
     refined = models.dpa.denormalise(scheduler.predict(velocity, noisy.points_t, noisy.t)[0])
+    # Older torch (before pull request 165068) would give the weights that autocast has cast here,
+    # without gradient, to the passes that need one.
+    torch.clear_autocast_cache()
     return draw_guidance(models.vae, refined, coarse.scale, noisy.cameras, noisy.size)
 
 

@@ -879,6 +879,18 @@ def test_a_run_through_all_stages_leaves_a_complete_folder(trained, run, capsys)
     assert f"starting from {trained}" in capsys.readouterr().out
 
 
+def test_a_gpu_renders_its_own_scenes(monkeypatch):
+    asked = []
+    monkeypatch.setattr(data.SyntheticHOI, "batch",
+                        lambda self, indices, action=None, device=None:
+                        asked.append((indices, action, device or self.device)) or "scenes")
+    order = train.StepSampler(10, 0, 0, 2)
+    dataset = data.SyntheticHOI("train", length=10, device="cuda")         # of which none is here
+    assert next(train.batches(dataset, order, 0, torch.device("cuda"))) == "scenes"
+    (indices, action, device), = asked
+    assert len(indices) == 2 and action is None and device == "cuda"
+
+
 @pytest.mark.parametrize("stage", train.STAGES)
 def test_ctrl_c_and_resume_equal_an_uninterrupted_run(run, tmp_path, monkeypatch, capsys, stage):
     losses, calls = train.stage_losses, itertools.count(1)

@@ -702,9 +702,9 @@ def block_flops(views, frames, places, dim, hidden, text):
 
 
 def seconds_of(function, device, least=0.5):
-    """Best time of one call in seconds, after a warm-up call, over at least `least` seconds."""
+    """Best time of one call in seconds, of calls over `least` seconds after one to warm up."""
     times = []
-    while len(times) < 2 or sum(times) < least:
+    while sum(times[1:]) < least:
         start = time.perf_counter()
         function()
         if device.type == "cuda":
@@ -918,13 +918,8 @@ def device_name(device):
 
 
 def autocast(device, bf16):
-    """The context of all passes: products in bf16, or everything in fp32.
-
-    Without autocast's cache of cast weights: torch before pull request 165068 (December 2025) kept
-    those of a pass without gradient, as refine() makes two, and later passes then gave these
-    weights none.
-    """
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
+    """The context of all passes: products in bf16, or everything in fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
 def prefers_fused(device, preset, recipe):
