@@ -9,7 +9,7 @@
           |                 coarse tracks (B,V,N,K,3) metres --> [ DPA ]
           |                                                         |
           |                 VAE encode, Proj & Norm  <--- aligned tracks (B,V,N,K,3) metres
-          +--- z~ (B,V,C,n,h,w), motion guidance of the *next* step |
+          +--- z~ (B,V,2,C,n,h,w), guidance of the *next* step: places, and the reference's colours
 
 The one departure that matters (measured, README): Alg. 1 reads the coarse tracks from *noisy*
 latents; decoded, those are useless (6-23 cm). We read them from the clean estimate z_t - t v^, in
@@ -29,8 +29,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 
-from data import (FOREGROUND_THRESHOLD, SyntheticHOI, camera_centres, choose_anchors, film_strip,
-                  plucker_rays, project, pseudo_video_to_tracks, tracks_to_pseudo_video)
+from data import (FOREGROUND_THRESHOLD, SyntheticHOI, camera_centres, choose_anchors, draw_tracks,
+                  film_strip, plucker_rays, project, pseudo_video_to_tracks)
 from dpa import DPA, chamfer_distance
 from mjd import MJD, VideoVAE
 
@@ -206,9 +206,11 @@ def encode(vae, video, modality):
 
 
 def encode_sample(vae, batch):
-    """`latents_video`, `latents_motion` (B,V,C,n,h,w) of a collated sample dict, as a dict."""
+    """`latents_video`, `latents_motion` (B,V,C,n,h,w) and `reference`, the first frames
+    (B,V,3,H,W) in [-1,1], of a collated sample dict, as a dict."""
     return {"latents_video": encode(vae, batch["video"], "video"),
-            "latents_motion": encode(vae, batch["pseudo"], "motion")}
+            "latents_motion": encode(vae, batch["pseudo"], "motion"),
+            "reference": batch["video"][:, :, :, 0]}
 
 
 def decode(vae, latents, modality):
@@ -259,19 +261,40 @@ def camera_rays(cameras, size):
     return plucker_rays(*map(fold, cameras), size).unflatten(0, cameras[0].shape[:2])
 
 
-def draw_guidance(vae, tracks, scale, cameras, size, valid=None):
-    """z~ = E(ProjNorm(M~)), (B,V,C,n,h,w), Alg. 1 line 3.
+def track_colours(tracks, anchors, reference, given):
+    """Colours (B,V,K,3) in [0,1] of tracks (B,V,N,K,3): each has that of its nearest neighbour in
+    frame 0 among the tracks whose anchors (B,V,K,2) lie in a given view, where the reference
+    (B,V,3,H,W) shows it. given (B,V) bool."""
+    (batch, views, count), (height, width) = anchors.shape[:3], reference.shape[-2:]
+    place = 2 * anchors / anchors.new_tensor([width, height]) - 1
+    colours = F.grid_sample(fold(reference).float(), fold(place)[:, None], padding_mode="border",
+                            align_corners=False)                              # (B*V, 3, 1, K)
+    colours = rearrange((colours + 1) / 2, "(b v) c 1 k -> b (v k) c", b=batch)
+    start = tracks[:, :, 0].flatten(1, 2)                                     # (B, V*K, 3)
+    distance = torch.cdist(start, start, compute_mode="donot_use_mm_for_euclid_dist")
+    shown = repeat(given, "b v -> b 1 (v k)", k=count)
+    nearest = distance.masked_fill(~shown, torch.inf).argmin(2)
+    nearest = repeat(nearest, "b slot -> b slot c", c=3)
+    return colours.gather(1, nearest).unflatten(1, (views, count))
+
+
+def draw_guidance(vae, tracks, scale, cameras, anchors, reference, given):
+    """Guidance (B,V,2,C,n,h,w) of the MJD: tracks in the reference's colours, and in their own,
+    z~ = E(ProjNorm(M~)), Alg. 1 line 3.
 
     Tracks (B,V,N,K,3) are one set of world points: the tracks of *all* views are drawn in each, so
-    the guidance is V times denser than a view's own tracks and carries what the others saw.
+    the guidance is V times denser than a view's own tracks and carries what the others saw. The
+    colours are beyond the paper: z~ alone says where things are, but not in which colours a view
+    without a reference should paint them. anchors (B,V,K,2), reference (B,V,3,H,W), given (B,V).
     """
     batch, views = tracks.shape[:2]
+    paint = track_colours(tracks, anchors, reference, given).flatten(1, 2)    # (B, V*K, 3)
     everything = repeat(tracks, "b u n k c -> (b v) n (u k) c", v=views)
-    if valid is not None:
-        valid = repeat(valid, "b u n k -> (b v) n (u k)", v=views)
-    pseudo, _ = tracks_to_pseudo_video(everything, fold(cameras[0]), fold(cameras[1]), size,
-                                       fold(scale), valid=valid)
-    return encode(vae, 2 * pseudo.unflatten(0, (batch, views)) - 1, "motion")
+    pseudo, _, painted = draw_tracks(
+        everything, fold(cameras[0]), fold(cameras[1]), reference.shape[-2:], fold(scale),
+        paint=paint.repeat_interleave(views, 0))
+    painted, pseudo = (2 * clip.unflatten(0, (batch, views)) - 1 for clip in (painted, pseudo))
+    return torch.stack([encode(vae, painted, "video"), encode(vae, pseudo, "motion")], 2)
 
 
 def align(dpa, noisy, coarse, t, cameras, size):
@@ -293,27 +316,32 @@ def draw(function, generators, *shape):
 
 
 def draw_given(views, generators):
-    """Which references are shown, (B,V) bool: of each sample 1..V views, all of them half of the
-    time. So one image is enough at sampling; with V = 1 it is always shown."""
+    """Which references are shown, (B,V) bool: of each sample 1..V views, each number as often. So
+    one image is enough at sampling; with V = 1 it is always shown."""
     order = draw(torch.rand, generators, views).argsort(1).argsort(1)
-    count = draw(partial(torch.randint, 1, 2 * views), generators, 1).clamp(max=views)
-    return order < count
+    return order < draw(partial(torch.randint, 1, 1 + views), generators, 1)
 
 
 def joint_losses(models, batch, scheduler, use_guidance=True, use_dpa=True, text_dropout=0.1,
-                 generators=None):
+                 generators=None, true_tracks=False):
     """Alg. 1, one training step: a dict of loss parts whose sum is L = L_MJD + L_DPA (line 7).
 
     batch: a collated sample dict of data.py (B,V,...), on the models' device, with `video` and
     `pseudo`, or what encode_sample() makes of them. use_guidance=False leaves out line 3,
     use_dpa=False lines 3, 5 and 6: so train.py warms the MJD up, and so it drops the guidance at
-    random, that the loop can be switched off. generators: see draw(), one a sample. The paper gives
-    no weights for the parts: they are 1.
+    random, that the loop can be switched off. true_tracks=True: line 3 draws not the DPA's tracks
+    but the true ones, bent, and lines 5 and 6 are left out: a warm-up of the guidance at a third of
+    the time. generators: see draw(), one a sample. The paper gives no weights for the parts: ours
+    are in mjd_losses.
     """
     noisy = diffuse(models, batch, scheduler, text_dropout, generators)           # lines 1, 2
-    guidance = refine(models, noisy, scheduler) if use_guidance and use_dpa else None
-    losses, motion, scale = mjd_losses(models.mjd, noisy, scheduler, guidance)
-    if use_dpa:
+    guidance = None
+    if true_tracks:
+        guidance = guidance_of(models, noisy, bend(noisy.points, noisy.generators), noisy.scale)
+    elif use_guidance and use_dpa:
+        guidance = guidance_of(models, noisy, *refine(models, noisy, scheduler))
+    losses, motion, scale = mjd_losses(models, noisy, scheduler, guidance)
+    if use_dpa and not true_tracks:
         losses |= dpa_losses(models, noisy, scheduler, motion, scale)
     return losses
 
@@ -322,7 +350,8 @@ def diffuse(models, batch, scheduler, text_dropout=0.1, generators=None):
     """Alg. 1, lines 1 and 2: encode everything, and add noise at one t (B,) a sample.
 
     A namespace: latents, their noise and z_t (B,V,C,n,h,w), points, their noise and M_t (B,V,N,K,3)
-    normalised, scale (B,V,2) in metres, anchors (B,V,K,2) in pixels, cameras, rays, prompts, given.
+    normalised, scale (B,V,2) in metres, anchors (B,V,K,2) in pixels, reference (B,V,3,H,W), cameras,
+    rays, prompts, given.
     """
     (count, views), device = batch["tracks"].shape[:2], models.device
     cameras = batch["intrinsics"], batch["extrinsics"]
@@ -336,12 +365,13 @@ def diffuse(models, batch, scheduler, text_dropout=0.1, generators=None):
         if "latents_video" not in batch:
             batch = batch | encode_sample(models.vae, batch)
         video, motion = batch["latents_video"], batch["latents_motion"]           # (B,V,C,n,h,w)
+        reference = batch["reference"]
         size = [side * r for side, r in zip(video.shape[-2:], models.vae.strides[1:])]
         points = models.dpa.normalise(batch["tracks"])                            # (B,V,N,K,3)
         noise = [draw(torch.randn, generators, *x.shape[1:]).to(x) for x in (video, motion, points)]
     noisy = SimpleNamespace(
         given=given, cameras=cameras, size=size, scale=batch["scale"], even_t=even_t,
-        generators=generators,
+        generators=generators, reference=reference,
         prompts=["" if d else prompt for d, prompt in zip(drop, batch["prompt"])],
         rays=camera_rays(cameras, size), anchors=true_anchors(batch),
         video=video, motion=motion, points=points, noise_video=noise[0], noise_motion=noise[1],
@@ -363,7 +393,8 @@ def at_time(noisy, scheduler, even_t):
 
 @torch.no_grad()
 def refine(models, noisy, scheduler):
-    """Alg. 1, line 3, without gradient: M~ = G_DPA(M_t, coarse, t), z~ = E(ProjNorm(M~)).
+    """Alg. 1, line 3, without gradient: M~ = G_DPA(M_t, coarse, t), (B,V,N,K,3) normalised, and
+    the scale (B,V,2) in metres to draw it with.
 
     In sampling the coarse tracks are those of the step before, so here they are those of an
     unguided pass of the MJD on the same noise up to a tenth of all steps earlier.
@@ -376,27 +407,54 @@ def refine(models, noisy, scheduler):
     coarse = read_tracks(models.vae, clean, scale, noisy.cameras, noisy.points.shape[3],
                          noisy.anchors)
     velocity = align(models.dpa, noisy.points_t, coarse, noisy.t, noisy.cameras, noisy.size)
-    refined = models.dpa.denormalise(scheduler.predict(velocity, noisy.points_t, noisy.t)[0])
     # Older torch (before pull request 165068) would give the weights that autocast has cast here,
     # without gradient, to the passes that need one.
     torch.clear_autocast_cache()
-    return draw_guidance(models.vae, refined, coarse.scale, noisy.cameras, noisy.size)
+    return scheduler.predict(velocity, noisy.points_t, noisy.t)[0], coarse.scale
 
 
-def mjd_losses(mjd, noisy, scheduler, guidance=None):
+@torch.no_grad()
+def guidance_of(models, noisy, points, scale):
+    """draw_guidance() of points (B,V,N,K,3), normalised, in the batch of diffuse()."""
+    return draw_guidance(models.vae, models.dpa.denormalise(points), scale, noisy.cameras,
+                         noisy.anchors, noisy.reference, noisy.given)
+
+
+def bend(points, generators):
+    """True points (B,V,N,K,3), normalised, made as wrong as the DPA's are: shifted and sheared at
+    random, all views together and each by itself, at the first frame and further towards the last;
+    by 0 to 4 cm at the end, and 0.3 cm a track."""
+    views, frames, count = points.shape[1:4]
+    maps = draw(torch.randn, generators, 2, 1 + views, 3, 4).to(points)       # first, growing
+    maps = (maps[:, :, :1] + maps[:, :, 1:]) * maps.new_tensor([0.055, 0.08])[:, None, None, None]
+    maps = 1.2 * maps * draw(torch.rand, generators, 1, 1, 1, 1).to(points)
+    share = torch.linspace(0, 1, frames, device=points.device)[:, None, None]
+    maps = maps[:, 0][:, :, None] + share * maps[:, 1][:, :, None]            # (B, V, N, 3, 4)
+    each = draw(torch.randn, generators, views, 1, count, 3).to(points)
+    return points + F.pad(points, (0, 1), value=1.0) @ maps.mT + 0.03 * each
+
+
+def mjd_losses(models, noisy, scheduler, guidance=None, depth_weight=4.0, scale_weight=0.1):
     """Alg. 1, line 4: L_MJD (Eq. 3) in parts; for line 5 the clean motion estimate (B,V,C,n,h,w)
-    and s^ (B,V,2) in metres. noisy: of diffuse(); guidance: of refine(), or None."""
-    velocity_video, velocity_motion, scale = mjd(          # see mjd.py for how guidance is "added"
-        noisy.video_t, noisy.motion_t, noisy.t, mjd.encode_text(noisy.prompts), noisy.rays,
+    and s^ (B,V,2) in metres. noisy: of diffuse(); guidance: of refine(), or None.
+
+    Beyond Eq. 3, the depth in the pseudo videos counts extra: it is a small part of the latents,
+    but nearly all of the error of the tracks (4.4 cm along the ray, 2.0 across, before). The scale
+    counts less: two numbers a view had five times the gradient of all else together.
+    """
+    velocity_video, velocity_motion, scale = models.mjd(   # see mjd.py for how guidance is "added"
+        noisy.video_t, noisy.motion_t, noisy.t, models.mjd.encode_text(noisy.prompts), noisy.rays,
         noisy.given, guidance)
     error = velocity_video - scheduler.velocity(noisy.video, noisy.noise_video, noisy.t)
     free = torch.ones_like(error)
     free = insert_reference(free, torch.zeros_like(free[:, :, :, :1]), noisy.given)
     per_sample = (free * error.square()).flatten(1).sum(1) / free.flatten(1).sum(1)
+    error = velocity_motion - scheduler.velocity(noisy.motion, noisy.noise_motion, noisy.t)
+    unit = models.mjd.scale_unit
     losses = {"video": per_sample.mean(),                        # a given frame is not predicted
-              "motion": F.mse_loss(velocity_motion, scheduler.velocity(
-                  noisy.motion, noisy.noise_motion, noisy.t)),
-              "scale": F.mse_loss(scale / mjd.scale_unit, noisy.scale / mjd.scale_unit)}
+              "motion": error.square().mean(),
+              "depth": depth_weight * models.vae.blue(error).square().mean(),
+              "scale": scale_weight * F.mse_loss(scale / unit, noisy.scale / unit)}
     clean, _ = scheduler.predict(velocity_motion.detach(), noisy.motion_t, noisy.t)
     return losses, clean, scale.detach()
 
@@ -497,7 +555,8 @@ def sample(models, reference, given, prompts, cameras, frames, steps=25, text_sc
             t_points = times[min(step + cycle_every, max(step + 1, steps - 1))]
             points, slots = scheduler.step(velocity, points, t, t_points), coarse.anchors
             if cycle and step < steps - 1:
-                guidance = draw_guidance(models.vae, tracks, coarse.scale, cameras, size)
+                guidance = draw_guidance(models.vae, tracks, coarse.scale, cameras,
+                                         coarse.anchors, reference, given)
         yield SampleState(step + 1, steps, t, *clean, coarse, tracks, models.vae)
 
 
@@ -556,24 +615,26 @@ def check_sample_inputs(models, reference, given, prompts, cameras, steps, cycle
 # --------------------------------------------------------------------------------------- lesson
 
 def watch(models, scene, steps, **switches):
-    """Samples a scene with its true anchors. Returns a row a step, (t, dB in moving pixels, mean
-    error in cm of coarse and of aligned tracks), and the videos (steps,V,3,N,H,W) at each step."""
+    """Samples a scene from its centre view, with its true anchors. Returns a row a step, (t, dB in
+    the moving pixels of the other views, mean error in cm of coarse and of aligned tracks), and the
+    videos (steps,V,3,N,H,W) at each step."""
     cameras = scene["intrinsics"][None], scene["extrinsics"][None]
     anchors = project(scene["tracks"][:, 0], *(c[0] for c in cameras))[0][None]
     visible, rows, videos = scene["visible"][None], [], []
-    given = torch.tensor([[True] * len(scene["video"])])
+    given = torch.arange(len(scene["video"]))[None] == len(scene["video"]) // 2
     for state in sample(models, scene["video"][None, :, :, 0], given, [scene["prompt"]], cameras,
                         scene["video"].shape[2], steps, anchors=anchors,
                         num_tracks=anchors.shape[2], **switches):
         errors = [100 * (tracks - scene["tracks"]).norm(dim=-1)[visible].mean().item()
                   for tracks in (state.coarse.tracks, state.tracks)]
         videos.append(state.video()[0])
-        rows.append((state.t, moving_psnr(videos[-1], scene["video"]), *errors))
+        rows.append((state.t, moving_psnr(videos[-1][~given[0]], scene["video"][~given[0]]),
+                     *errors))
     return rows, torch.stack(videos)
 
 
 def lesson(steps=8):
-    """One held-out scene with the shipped weights: every step, loop on against loop off."""
+    """One held-out scene from one picture with the shipped weights: every step, loop on or off."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -585,9 +646,8 @@ def lesson(steps=8):
     with torch.autocast(models.device.type, torch.bfloat16, enabled=bf16):
         (on, videos_on), (off, videos_off) = (watch(models, scene, steps, cycle=loop)
                                               for loop in (True, False))
-    still = scene["video"][:, :, :1].expand_as(scene["video"])
-    print(f"{scene['prompt']}, {steps} steps, three references; first frame repeated: "
-          f"{moving_psnr(still, scene['video']):.2f} dB")
+    print(f"{scene['prompt']}, {steps} steps, one reference; dB: of the moving pixels of the views "
+          "that have none")
     print("        moving pixels, dB   coarse tracks, cm   aligned tracks, cm")
     print("   t      loop on     off     loop on     off     loop on      off")
     for (t, *a), (_, *b) in zip(on, off):
@@ -600,14 +660,14 @@ def lesson(steps=8):
                       label=f"{name}, {loop}")
     left.set(xlabel="t (1 = noise)", ylabel="mean track error, cm", xlim=(1, on[-1][0]))
     left.legend()
-    view, middle = len(scene["video"]) // 2, config["frames"] // 2
+    view, middle = 0, config["frames"] // 2
     films = [scene["video"][view], videos_on[-1, view],
              *(videos[:, view, :, middle].transpose(0, 1) for videos in (videos_on, videos_off))]
     right.imshow(torch.cat([film_strip(film, steps) for film in films]))
     right.set_yticks((torch.arange(4) + 0.5) * config["size"][0], [
         "truth, over time", "sample, over time", f"frame {middle} after\nevery step, loop on",
         "loop off"])
-    right.set(xticks=[], title="centre view")
+    right.set(xticks=[], title="left view, which has no reference")
     Path("out").mkdir(exist_ok=True)
     figure.savefig("out/cycle.png", dpi=100)
     print("wrote out/cycle.png")

@@ -6,7 +6,7 @@
           |               |                  |                        |
          z_I            z_V,t             z_Mpv,t  (B,V,C,n,h,w)     f_text (B,L,D)
           |   replaces    |                  |                        |
-          +-> frame 0 ->  patchify           patchify  + guidance     |
+          +-> frame 0 ->  patchify           patchify, each + guidance|
                           |                  |                        |
       [ scale 2 | register 6 | f_V n*h*w/4 | f_Mpv n*h*w/4 ]  (B,V,T,D) + Plucker rays
                               |                                       |
@@ -15,6 +15,8 @@
                            intra-view attention   (B*V,   T,       D) |
                            text cross-attention  <--------------------+
                            MLP
+                              |
+                           heads, Mend  <-- guidance
                               |
           scale s (B,V,2)   velocity of z_V   velocity of z_Mpv  (B,V,C,n,h,w)
 
@@ -271,6 +273,12 @@ class VideoVAE(nn.Module):
         """Encoder and decoder: video (B,3,N,H,W) -> what is left of it, float32 in [-1,1]."""
         return self.reconstruct(self.moments(video)[0]).float().clamp(-1, 1)
 
+    def blue(self, latents):
+        """What the linear decoder makes of the third colour, a pseudo video's depth: normalised
+        latents (...,C,n,h,w), less their mean -> (...,n,h,w,r_n*r_h*r_w), range 2."""
+        rows = self.linear_decode.weight.detach().unflatten(0, (self.strides[0], 3, -1))[:, 2]
+        return F.linear(latents.movedim(-4, -1), rows.flatten(0, 1) * self.latent_std[1])
+
     @torch.no_grad()
     def init_from(self, videos):
         """Sets the linear projections to the principal components of videos (B,3,N,H,W)."""
@@ -445,6 +453,30 @@ class Block(nn.Module):
         return out.unflatten(0, x.shape[:2])
 
 
+class Mend(nn.Module):
+    """Moves the clean estimates towards the guidance where that can be trusted, and corrects both.
+
+    Beyond the paper: tokens are 16 pixels wide. Two convolutions mend the seams between them, let a
+    modality see the other's silhouettes, and choose for every number of a latent pixel how far to
+    go from the tokens' estimate to the guidance. Starts at zero: no correction, no guidance.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.first = nn.Conv2d(4 * channels, 2 * channels, 3, padding=1)
+        self.second = zero_init(nn.Conv2d(2 * channels, 4 * channels, 3, padding=1))
+
+    def forward(self, clean, guidance):
+        """clean (B,V,2,C,n,h,w), guidance the same or None -> better estimates, float32."""
+        shown = torch.zeros_like(clean) if guidance is None else guidance
+        both = rearrange(torch.cat([clean, shown], 2), "b v m c n h w -> (b v n) (m c) h w")
+        both = self.second(F.silu(self.first(both))).float()
+        correction, trust = rearrange(both, "(b v n) (k m c) h w -> k b v m c n h w", k=2, m=2,
+                                      b=clean.shape[0], v=clean.shape[1])
+        towards = 0.0 if guidance is None else trust * (guidance - clean)
+        return clean + towards + correction
+
+
 class MJD(nn.Module):
     """The multi-view joint diffusion transformer G_MJD (Sec. 3.3).
 
@@ -469,7 +501,8 @@ class MJD(nn.Module):
         self.embed = nn.ModuleList(nn.Linear(pixels, dim) for _ in range(2))      # video, motion
         # The refined motion guidance has a projection of its own. The paper adds it to z_Mpv,t
         # (Alg. 1, line 4); measured, the sum is ambiguous at low t (README, tried and dropped).
-        self.embed_guidance = zero_init(nn.Linear(pixels, dim))
+        # So has what is beyond the paper: the same tracks in the colours of the reference.
+        self.embed_guidance = nn.ModuleList(zero_init(nn.Linear(pixels, dim)) for _ in range(2))
         # Beyond the paper: z_I is shown to the tokens of all frames, not of the first alone, and
         # the rays come with the pixel's own position (which is a pseudo video's background).
         self.embed_reference = zero_init(nn.Linear(pixels, dim))
@@ -484,6 +517,7 @@ class MJD(nn.Module):
         self.head_modulation = zero_init(nn.Linear(dim, 2 * dim))
         self.heads_out = nn.ModuleList(zero_init(nn.Linear(dim, pixels)) for _ in range(2))
         self.head_scale = zero_init(nn.Linear(dim, 1))
+        self.mend = Mend(channels)
         self.register_buffer("scale_centre", torch.tensor([0.5, 0.8]))
 
     def forward(self, video, motion, t, text, rays, given, guidance=None):
@@ -492,7 +526,8 @@ class MJD(nn.Module):
         video (B,V,C,n,h,w): z_V,t, with the clean z_I in latent frame 0 where given; motion:
         z_Mpv,t; t (B,) flow time; text: tokens (B,L,D) and mask (B,L) of encode_text(); rays
         (B,V,6,H,W), Pluecker, any resolution; given (B,V) bool: views whose reference is shown,
-        their first video tokens carry t = 0; guidance (B,V,C,n,h,w): z~ of Alg. 1 line 3, or None.
+        their first video tokens carry t = 0; guidance (B,V,2,C,n,h,w) or None: the refined tracks
+        in the reference's colours, for the video tokens, and z~ of Alg. 1 line 3, for motion's.
         """
         batch, views, _, frames, height, width = video.shape
         if height % self.patch or width % self.patch:
@@ -515,6 +550,7 @@ class MJD(nn.Module):
         visual = rearrange(x[:, :, layout.special:], "b v (m t) d -> m b v t d", m=2)
         clean = [self.unpatchify(head(y), layout) for head, y in zip(self.heads_out, visual)]
         clean[0] = clean[0] + reference      # untrained, it repeats the reference frame
+        clean = self.mend(torch.stack(clean, 2), guidance).unbind(2)
         scale = self.head_scale(x[:, :, :SCALE_TOKENS])[..., 0].float()       # (B, V, 2)
         return (self.velocity(video, clean[0], t), self.velocity(motion, clean[1], t),
                 self.scale_centre + self.scale_unit * scale)
@@ -546,7 +582,8 @@ class MJD(nn.Module):
         for index, latents in enumerate((video, motion)):
             parts.append(self.embed[index](self.patchify(latents)) + self.modality[index] + rays)
         if guidance is not None:
-            parts[2] = parts[2] + self.embed_guidance(self.patchify(guidance))
+            for index, embed in enumerate(self.embed_guidance):
+                parts[1 + index] = parts[1 + index] + embed(self.patchify(guidance[:, :, index]))
         # The first layer decides the dtype of the residual stream: bf16 under autocast.
         return torch.cat([part.to(parts[1].dtype) for part in parts], 2)
 

@@ -42,7 +42,7 @@ from matplotlib.figure import Figure
 from mpl_toolkits.mplot3d.art3d import Line3DCollection
 from torch.utils.data import default_collate
 
-from cycle import (bf16_is_faster, decode, encode, fold, load_models, read_tracks, sample,
+from cycle import (align, bf16_is_faster, decode, encode, fold, load_models, read_tracks, sample,
                    true_anchors)
 from data import (FOREGROUND_THRESHOLD, SyntheticHOI, anchor_colours, camera_centres, film_strip,
                   nominal_rig, project, unproject)
@@ -537,32 +537,53 @@ ABLATION = (("one view at a time", "single", "single", "122.7", "75.3"),
             ("joint motion (MJD), no DPA", "open", "coarse", "501.3", "46.3"),
             ("DPA, no loop", "open", "aligned", "498.2", "33.5"),
             ("closed loop (full)", "closed", "closed", "529.4", "32.7"))
+# The last two rows again when only the centre view has a reference, as the paper never does.
+ONE_REFERENCE = (("one reference: DPA, no loop", "one open", "one open", "", ""),
+                 ("one reference: closed loop (full)", "one closed", "one closed", "", ""))
 EVAL_BATCH = 4                     # scenes sampled together; their noise depends on it
 
 
 def run(models, scenes, settings, given=None, **options):
-    """The last SampleState of a batch of true scenes; given: views shown, by default all."""
+    """The last SampleState of a batch of true scenes; given: views shown, by default all. Then the
+    tracks follow the true anchors (B,V,K,2). In a view without a reference those would tell where
+    things are, so with `given` they are chosen in the sample, as in use."""
     count, views, _, frames = scenes["video"].shape[:4]
     shown = torch.tensor([[given is None or view in given for view in range(views)]] * count)
-    anchors = true_anchors(scenes)                                                  # (B,V,K,2)
+    anchors = true_anchors(scenes) if given is None else None
     with settings.autocast:
         for state in sample(models, scenes["video"][:, :, :, 0], shown.to(models.device),
                             scenes["prompt"], (scenes["intrinsics"], scenes["extrinsics"]), frames,
-                            num_tracks=anchors.shape[2], anchors=anchors,
+                            num_tracks=scenes["tracks"].shape[3], anchors=anchors,
                             **settings.sampling | options):
             pass
     return state
 
 
-def all_runs(models, scenes, settings):
+def followed(models, state, scenes, settings):
+    """Tracks (B,V,N,K,3) in metres of the true anchors in a finished sample that was not told them:
+    read from its motion, aligned in one step from noise."""
+    points, cameras = scenes["tracks"], (scenes["intrinsics"], scenes["extrinsics"])
+    generator = torch.Generator().manual_seed(settings.seed)
+    noise = settings.temperature * torch.randn(points.shape, generator=generator).to(points)
+    with settings.autocast:
+        coarse = read_tracks(models.vae, state.motion, state.coarse.scale, cameras,
+                             points.shape[3], true_anchors(scenes))
+        velocity = align(models.dpa, noise, coarse, torch.ones_like(points[:, 0, 0, 0, 0]), cameras,
+                         scenes["video"].shape[-2:])
+    return models.dpa.denormalise(noise - velocity)
+
+
+def all_runs(models, scenes, settings, centre):
     """A batch of scenes made in every way: videos and tracks, two dicts, name -> (B,V,...); pseudo
-    videos of the VAE's round trip and of the full loop, in [-1,1]."""
+    videos of the VAE's round trip and of the full loop, in [-1,1]. centre: number of that view."""
     truth, points, vae = scenes["video"], scenes["tracks"], models.vae
     cameras = scenes["intrinsics"], scenes["extrinsics"]
     alone = {key: value.flatten(0, 1)[:, None] for key, value in scenes.items() if key != "prompt"}
     alone["prompt"] = [prompt for prompt in scenes["prompt"] for _ in truth[0]]
     single = run(models, alone, settings, use_dpa=False)
     opened, closed = run(models, scenes, settings, cycle=False), run(models, scenes, settings)
+    ones = {"one open": run(models, scenes, settings, [centre], cycle=False),
+            "one closed": run(models, scenes, settings, [centre])}
     codec = read_tracks(vae, encode(vae, scenes["pseudo"], "motion"), scenes["scale"], cameras,
                         points.shape[3], true_anchors(scenes))
     uv, depth = project(fold(closed.tracks), *map(fold, cameras))
@@ -574,6 +595,8 @@ def all_runs(models, scenes, settings):
               "coarse": opened.coarse.tracks.float(),
               "aligned": opened.tracks, "closed": closed.tracks, "frozen": frozen.view_as(points),
               "still": points[:, :, :1].expand_as(points), "codec": codec.tracks, "truth": points}
+    videos |= {name: state.video() for name, state in ones.items()}
+    tracks |= {name: followed(models, state, scenes, settings) for name, state in ones.items()}
     return videos, tracks, 2 * codec.pseudo - 1, 2 * closed.coarse.pseudo - 1
 
 
@@ -602,10 +625,10 @@ def measure(models, settings, split):
     for first in range(0, settings.scenes, EVAL_BATCH):
         indices = range(first, min(first + EVAL_BATCH, settings.scenes))
         scenes, moved = dataset.batch(indices), elsewhere.batch(indices)
-        videos, tracks, codec_motion, motion = all_runs(models, scenes, settings)
+        videos, tracks, codec_motion, motion = all_runs(models, scenes, settings, order[0])
         given = {n: run(models, scenes, settings, order[:n], cycle_every=3).video()
-                 for n in views[1:]}                          # the loop now and then: for the time
-        given[len(views)] = videos["closed"]
+                 for n in views[2:]}                          # the loop now and then: for the time
+        given |= {1: videos["one closed"], len(views): videos["closed"]}
         new = run(models, moved, settings, order[:1], cycle_every=3).video()
         for i, index in enumerate(indices):
             scene, other = ({k: value[i] for k, value in x.items()} for x in (scenes, moved))
@@ -618,6 +641,9 @@ def measure(models, settings, split):
             for n, video in given.items():    # with all given: the views that one has to invent
                 hidden = order[n:] or order[1:]
                 found["references", str(n)].append(picture_scores(video[i], scene, hidden))
+            opened = picture_scores(videos["one open"][i], scene, order[1:])
+            gain = {k: v - opened[k] for k, v in found["references", "1"][-1].items()}
+            found["references", "1, gain of the loop"].append(gain)
             for view in order[1:]:
                 name = f"{sides[view % 3]} degrees"
                 found["cameras", name].append(picture_scores(new[i], other, [view]))
@@ -668,17 +694,20 @@ def tables(found):
         points = found["tracks", tracks] if tracks else [{}] * len(found["video", video])
         return [v | t for v, t in zip(found["video", video], points)]
 
-    rows = [row(video, tracks) for _, video, tracks, *_ in ABLATION]
-    keys = dict.fromkeys(summary(rows[-1]))          # the row without tracks has nulls for theirs
-    ablation = [{"name": name} | keys | summary(now) for (name, *_), now in zip(ABLATION, rows)]
-    for entry, now, before in zip(ablation[1:], rows[1:], rows):
-        pairs = zip(now, before)
-        entry["gain"] = summary([{k: a[k] - b[k] for k in a if k in b} for a, b in pairs])
+    def ladder(steps):
+        rows = [row(video, tracks) for _, video, tracks, *_ in steps]
+        keys = dict.fromkeys(summary(rows[-1]))      # a row without tracks has nulls for theirs
+        entries = [{"name": name} | keys | summary(now) for (name, *_), now in zip(steps, rows)]
+        for entry, now, before in zip(entries[1:], rows[1:], rows):
+            pairs = zip(now, before)
+            entry["gain"] = summary([{k: a[k] - b[k] for k in a if k in b} for a, b in pairs])
+        return entries
+
     confusion = defaultdict(lambda: defaultdict(int))
     for prompted, nearest, _ in found["trials", ""]:
         confusion[prompted][nearest] += 1
     trials = [{"accuracy": a == b, "chance": chance} for a, b, chance in found["trials", ""]]
-    return {"ablation": ablation,
+    return {"ablation": ladder(ABLATION), "one_reference": ladder(ONE_REFERENCE),
             "baseline": {"name": "reference frame repeated"} | summary(row("still", "still"))
             | dict.fromkeys(("mv_rpe", "mv_rpe_ci", "mv_pi", "mv_pi_ci")),     # trivially perfect
             "ceiling": {"name": "VAE round trip"} | summary(row("codec", "codec")) | {
@@ -696,7 +725,7 @@ def print_tables(split, report):
     columns = ("matching_pixels", "psnr_moving", "psnr", "ssim", "rpe", "mv_rpe", "pi", "mv_pi",
                "hands+tool", "target", "all")
     print(f"\n{split:28}" + "".join(f"{name:>16}" for name in columns))
-    rows = [(row["name"], row) for row in report["ablation"]]
+    rows = [(row["name"], row) for row in report["ablation"] + report["one_reference"]]
     rows += [(report[key]["name"], report[key]) for key in ("baseline", "ceiling")]
     rows += [("the truth", report["ceiling"]["truth"])]
     rows += [(f"{table} {name}", row) for table in ("depth", "references", "cameras")
@@ -742,14 +771,15 @@ def markdown(report):
     shown = (("matching_pixels", 1), ("mv_rpe", 2), ("rpe", 2), ("all", 2), ("psnr_moving", 2))
     lines += ["", "| `val` | paper: matching pixels | paper: RPE across views | matching pixels | "
               "RPE across views, % | RPE, % | tracks, cm | moving pixels, dB |", "|---" * 8 + "|"]
-    for row, (*_, pixels, rpe) in zip(val["ablation"], ABLATION):
+    for row, (*_, pixels, rpe) in zip(val["ablation"] + val["one_reference"],
+                                      ABLATION + ONE_REFERENCE):
         lines += [line(row["name"], pixels, rpe, *(cell(row, *key) for key in shown))]
         if "gain" in row:                                         # where the paper has no numbers
             lines += [line("*paired difference to the row above* | |",
                            *(cell(row["gain"], *key) for key in shown))]
     lines += ["", "| setting | what | `val` | `unseen` |", "|---" * 4 + "|"]
     rows = [("depth", name, f"depth {name}", "rpe", "RPE of tracks, %") for name in val["depth"]]
-    rows += [("references", count, f"{count} reference(s)", "psnr", "PSNR of the views without, dB")
+    rows += [("references", count, f"references: {count}", "psnr", "PSNR of the views without, dB")
              for count in sorted(val["references"], reverse=True)]
     rows += [("cameras", name, f"camera at {name}", "psnr", "PSNR, one reference, dB")
              for name in val["cameras"]]

@@ -599,8 +599,9 @@ def test_vae_in_chunks_is_equal_bit_for_bit(models, monkeypatch):
 
 def mjd_arguments(net, frames=2):
     """One call of the MJD with everything in it, always the same: three views, the first given."""
-    latents = torch.randn(3, 1, 3, 8, frames, 4, 6, generator=seeded())
-    return dict(video=latents[0], motion=latents[1], guidance=latents[2], t=torch.tensor([0.5]),
+    latents = torch.randn(4, 1, 3, 8, frames, 4, 6, generator=seeded())
+    return dict(video=latents[0], motion=latents[1], guidance=latents[2:].movedim(0, 2),
+                t=torch.tensor([0.5]),
                 rays=torch.randn(1, 3, 6, 32, 48, generator=seeded(1)),
                 text=net.text(["<spoon, stir, bowl>"]), given=torch.tensor([[True, False, False]]))
 
@@ -818,14 +819,39 @@ def test_joint_losses_follow_algorithm_1_and_gradients_reach_every_parameter(bat
         return cycle.joint_losses(models, batch, scheduler, generators=[seeded(), seeded(1)],
                                   **switches)
     guided, opened = losses(), losses(use_guidance=False)
-    assert set(guided) == {"video", "motion", "scale", "points", "chamfer"}
+    assert set(guided) == {"video", "motion", "depth", "scale", "points", "chamfer"}
     assert same(guided, losses()) and guided["motion"] != opened["motion"]
-    assert set(losses(use_dpa=False)) == {"video", "motion", "scale"}
+    alone, bent = losses(use_dpa=False), losses(true_tracks=True)
+    assert set(alone) == set(bent) == {"video", "motion", "depth", "scale"}
+    assert bent["motion"] != alone["motion"] == opened["motion"]
     sum(guided.values()).backward()
     for name, parameter in itertools.chain(models.mjd.named_parameters(),
                                            models.dpa.named_parameters()):
         assert parameter.grad is not None and parameter.grad.any(), name
     assert all(p.grad is None for p in models.vae.parameters())                         # frozen
+
+
+def test_guidance_carries_the_colours_of_the_given_views(models, batch):
+    cameras, anchors = (batch["intrinsics"], batch["extrinsics"]), cycle.true_anchors(batch)
+    reference, given = batch["video"][:, :, :, 0], torch.tensor([[True, False]] * 2)
+    colours = cycle.track_colours(batch["tracks"], anchors, reference, given)
+    pixel = anchors[:, 0].floor().long()                                   # of the given view
+    exact = reference[torch.arange(2)[:, None], 0, :, pixel[..., 1], pixel[..., 0]]
+    assert close(2 * colours[:, 0] - 1, exact, 1e-3)                       # anchors: pixel centres
+    gap = torch.cdist(batch["tracks"][:, 1, 0], batch["tracks"][:, 0, 0])        # (B, K, K)
+    for i, row in enumerate(gap.argmin(2)):                                # and their neighbours
+        assert torch.equal(colours[i, 1], colours[i, 0, row])
+
+    def guidance(picture, given):
+        return cycle.draw_guidance(models.vae, batch["tracks"], batch["scale"], cameras, anchors,
+                                   picture, given)
+    (painted, places), other = (guidance(x, given).unbind(2) for x in (reference, -reference))
+    assert torch.equal(places, other[1]) and not close(painted, other[0], 0.1)
+    hidden = torch.where(given[..., None, None, None], reference, 9.0)       # never looked at
+    assert torch.equal(guidance(hidden, given)[:, :, 0], painted)
+    bent = models.dpa.denormalise(cycle.bend(models.dpa.normalise(batch["tracks"]), [None] * 2))
+    error = (bent - batch["tracks"]).norm(dim=-1).mean((0, 1, 3))            # (N,), grows
+    assert 0.003 < error[0] < error[-1] < 0.1
 
 
 def test_latents_kept_in_memory_train_as_the_videos_do(models, batch):
@@ -1044,6 +1070,7 @@ def outcome(run, tmp_path_factory):
     ("", "--size 32x32", False), ("", "--precision bf16", False), ("", "--sample-every 1", False),
     ("--single-view 0", "--single-view 1", False), ("--steps 3", "--steps 3 --log-every 1", False),
     ("--steps 3 --guidance-dropout 1", "--steps 3 --guidance-dropout 0", False),
+    ("--guidance-dropout 0", "--guidance-dropout 0 --true-tracks 1", False),
     ("--steps 3", "--steps 3 --minutes 1e-9", False)])
 def test_every_flag_does_something_or_provably_nothing(outcome, one, other, equal):
     assert same(outcome(one), outcome(other)) == equal

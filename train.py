@@ -89,7 +89,8 @@ class Settings:
     batch: int = option(0, "scenes a step, 0 = the preset's")
     rate: float = option(0.0, "peak learning rate, 0 = the preset's (joint: half of it)")
     minutes: float = option(0.0, "stop a stage after so many minutes (decay included), 0 = never")
-    guidance_dropout: float = option(0.4, "share of joint steps of the MJD alone, without guidance")
+    guidance_dropout: float = option(0.2, "share of joint steps of the MJD alone, without guidance")
+    true_tracks: float = option(0.3, "share of joint steps of the MJD alone, guided by true tracks")
     single_view: float = option(0.15, "share of joint steps with V = 1")
     scenes: int = option(0, "distinct training scenes, 0 = no limit (each is new; slow on a CPU)")
     cache: str = option("", "folder that keeps rendered scenes or decoded TACO crops")
@@ -130,7 +131,7 @@ def parse(arguments=None):
     for names, expected, least, most in (
             ("steps batch rate minutes scenes workers sample_every", "0 or more", 0, math.inf),
             ("log_every save_every", "1 or more", 1, math.inf),
-            ("guidance_dropout single_view", "a share in [0, 1]", 0, 1)):
+            ("guidance_dropout true_tracks single_view", "a share in [0, 1]", 0, 1)):
         for name in names.split():
             value = getattr(settings, name)
             if not least <= value <= most or value == math.inf:
@@ -283,10 +284,12 @@ def stage_losses(stage, models, batch, scheduler, settings, generators, chance):
     if stage == "dpa":                        # on the clean estimates of the MJD as it is
         with torch.no_grad():
             noisy = diffuse(models, batch, scheduler, generators=generators)
-            _, motion, scale = mjd_losses(models.mjd, noisy, scheduler)
+            _, motion, scale = mjd_losses(models, noisy, scheduler)
         return dpa_losses(models, noisy, scheduler, motion, scale)
+    alone, guided = settings.guidance_dropout, settings.true_tracks
     return joint_losses(models, batch, scheduler, generators=generators,
-                        use_dpa=bool(chance[1] >= settings.guidance_dropout))
+                        use_dpa=bool(chance[1] >= alone + guided),
+                        true_tracks=bool(alone <= chance[1] < alone + guided))
 
 
 # ------------------------------------------------------------------------ more than one process
@@ -751,7 +754,8 @@ class Case:
                 self.network = MJD(channels, **size)
                 self.inputs = (latents, latents, torch.tensor([0.5]), text, torch.randn(
                     1, views, 6, height, width), torch.ones(1, views, dtype=torch.bool))
-                self.flops *= size["depth"]
+                mend = 9 * 2 * 16 * channels ** 2          # of Mend, a pixel of the latents
+                self.flops = size["depth"] * self.flops + mend * latents[:, :, 0].numel()
             else:
                 self.network = Block(dim, heads, hidden)
                 self.inputs = self.x, torch.randn(1, views, frames + 1, 6, dim), layout, *text
