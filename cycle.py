@@ -350,8 +350,8 @@ def diffuse(models, batch, scheduler, text_dropout=0.1, generators=None):
     """Alg. 1, lines 1 and 2: encode everything, and add noise at one t (B,) a sample.
 
     A namespace: latents, their noise and z_t (B,V,C,n,h,w), points, their noise and M_t (B,V,N,K,3)
-    normalised, scale (B,V,2) in metres, anchors (B,V,K,2) in pixels, reference (B,V,3,H,W), cameras,
-    rays, prompts, given.
+    normalised, scale (B,V,2) in metres, anchors (B,V,K,2) in pixels, reference (B,V,3,H,W), and
+    cameras, rays, prompts, given.
     """
     (count, views), device = batch["tracks"].shape[:2], models.device
     cameras = batch["intrinsics"], batch["extrinsics"]

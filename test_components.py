@@ -667,7 +667,7 @@ def test_checkpointing_keeps_less_and_computes_the_same(batch):
         parts = []
 
         def losses():
-            parts.append(cycle.mjd_losses(models.mjd, noisy, cycle.DDIMScheduler("flow")))
+            parts.append(cycle.mjd_losses(models, noisy, cycle.DDIMScheduler("flow")))
             points = cycle.dpa_losses(models, noisy, cycle.DDIMScheduler("flow"), *parts[0][1:])
             return sum({**parts[0][0], **points}.values())
         outcomes.append((train.kept_gib(losses), parts[0][0]["video"]))
