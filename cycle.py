@@ -11,7 +11,7 @@
           |                 VAE encode, Proj & Norm  <--- aligned tracks (B,V,N,K,3) metres
           +--- z~ (B,V,2,C,n,h,w), guidance of the *next* step: places, and the reference's colours
 
-The one departure that matters (measured, README): Alg. 1 reads the coarse tracks from *noisy*
+The first departure (measured; README has the others): Alg. 1 reads the coarse tracks from *noisy*
 latents; decoded, those are useless (6-23 cm). We read them from the clean estimate z_t - t v^, in
 training (of an earlier pass without gradient) as in sampling (of the step before).
 
@@ -210,7 +210,7 @@ def encode_sample(vae, batch):
     (B,V,3,H,W) in [-1,1], of a collated sample dict, as a dict."""
     return {"latents_video": encode(vae, batch["video"], "video"),
             "latents_motion": encode(vae, batch["pseudo"], "motion"),
-            "reference": batch["video"][:, :, :, 0]}
+            "reference": batch["video"][:, :, :, 0].contiguous()}
 
 
 def decode(vae, latents, modality):
@@ -329,10 +329,10 @@ def joint_losses(models, batch, scheduler, use_guidance=True, use_dpa=True, text
     batch: a collated sample dict of data.py (B,V,...), on the models' device, with `video` and
     `pseudo`, or what encode_sample() makes of them. use_guidance=False leaves out line 3,
     use_dpa=False lines 3, 5 and 6: so train.py warms the MJD up, and so it drops the guidance at
-    random, that the loop can be switched off. true_tracks=True: line 3 draws not the DPA's tracks
-    but the true ones, bent, and lines 5 and 6 are left out: a warm-up of the guidance at a third of
-    the time. generators: see draw(), one a sample. The paper gives no weights for the parts: ours
-    are in mjd_losses.
+    random, that the loop can be switched off. true_tracks=True, whatever the other two are: line 3
+    draws the true tracks, bent, in place of the DPA's, and lines 5 and 6 are left out, a warm-up of
+    the guidance at a third of the time. generators: see draw(), one a sample. The paper gives no
+    weights for the parts: ours are in mjd_losses.
     """
     noisy = diffuse(models, batch, scheduler, text_dropout, generators)           # lines 1, 2
     guidance = None
@@ -436,11 +436,11 @@ def bend(points, generators):
 
 def mjd_losses(models, noisy, scheduler, guidance=None, depth_weight=4.0, scale_weight=0.1):
     """Alg. 1, line 4: L_MJD (Eq. 3) in parts; for line 5 the clean motion estimate (B,V,C,n,h,w)
-    and s^ (B,V,2) in metres. noisy: of diffuse(); guidance: of refine(), or None.
+    and s^ (B,V,2) in metres. noisy: of diffuse(); guidance: of guidance_of() or None.
 
-    Beyond Eq. 3, the depth in the pseudo videos counts extra: it is a small part of the latents,
-    but nearly all of the error of the tracks (4.4 cm along the ray, 2.0 across, before). The scale
-    counts less: two numbers a view had five times the gradient of all else together.
+    Beyond Eq. 3, the depth in the pseudo videos counts extra (its part of the velocity's error, all
+    pixels): it is little of the latents, but was nearly all of the tracks' error. The scale counts
+    less: two numbers a view had five times the gradient of all else together.
     """
     velocity_video, velocity_motion, scale = models.mjd(   # see mjd.py for how guidance is "added"
         noisy.video_t, noisy.motion_t, noisy.t, models.mjd.encode_text(noisy.prompts), noisy.rays,
@@ -453,7 +453,7 @@ def mjd_losses(models, noisy, scheduler, guidance=None, depth_weight=4.0, scale_
     unit = models.mjd.scale_unit
     losses = {"video": per_sample.mean(),                        # a given frame is not predicted
               "motion": error.square().mean(),
-              "depth": depth_weight * models.vae.blue(error).square().mean(),
+              "depth": depth_weight * models.vae.blue(error).float().square().mean(),
               "scale": scale_weight * F.mse_loss(scale / unit, noisy.scale / unit)}
     clean, _ = scheduler.predict(velocity_motion.detach(), noisy.motion_t, noisy.t)
     return losses, clean, scale.detach()
@@ -647,7 +647,7 @@ def lesson(steps=8):
         (on, videos_on), (off, videos_off) = (watch(models, scene, steps, cycle=loop)
                                               for loop in (True, False))
     print(f"{scene['prompt']}, {steps} steps, one reference; dB: of the moving pixels of the views "
-          "that have none")
+          "that have none; the true anchors are told, so that tracks can be compared")
     print("        moving pixels, dB   coarse tracks, cm   aligned tracks, cm")
     print("   t      loop on     off     loop on     off     loop on      off")
     for (t, *a), (_, *b) in zip(on, off):

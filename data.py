@@ -168,7 +168,7 @@ def draw_tracks(tracks, intrinsics, extrinsics, size, scale=None, valid=None, pa
         return torch.where(found, drawn, background)
     pseudo = picture(colours, background_ramp(size, tracks.device)[None, :, None])
     if paint is not None:
-        paint = picture(paint[:, None].expand_as(colours), colours.new_tensor(0.5))
+        paint = picture(paint[:, None].expand_as(colours), 0.5)
     return pseudo, scale, paint
 
 

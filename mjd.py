@@ -458,7 +458,7 @@ class Mend(nn.Module):
 
     Beyond the paper: tokens are 16 pixels wide. Two convolutions mend the seams between them, let a
     modality see the other's silhouettes, and choose for every number of a latent pixel how far to
-    go from the tokens' estimate to the guidance. Starts at zero: no correction, no guidance.
+    go from the tokens' estimate to the guidance (any number). Starts at zero: does nothing.
     """
 
     def __init__(self, channels):
@@ -501,7 +501,8 @@ class MJD(nn.Module):
         self.embed = nn.ModuleList(nn.Linear(pixels, dim) for _ in range(2))      # video, motion
         # The refined motion guidance has a projection of its own. The paper adds it to z_Mpv,t
         # (Alg. 1, line 4); measured, the sum is ambiguous at low t (README, tried and dropped).
-        # So has what is beyond the paper: the same tracks in the colours of the reference.
+        # [1] is that; [0] is for video tokens: the tracks in the reference's colours, beyond the
+        # paper.
         self.embed_guidance = nn.ModuleList(zero_init(nn.Linear(pixels, dim)) for _ in range(2))
         # Beyond the paper: z_I is shown to the tokens of all frames, not of the first alone, and
         # the rays come with the pixel's own position (which is a pseudo video's background).

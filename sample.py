@@ -537,7 +537,8 @@ ABLATION = (("one view at a time", "single", "single", "122.7", "75.3"),
             ("joint motion (MJD), no DPA", "open", "coarse", "501.3", "46.3"),
             ("DPA, no loop", "open", "aligned", "498.2", "33.5"),
             ("closed loop (full)", "closed", "closed", "529.4", "32.7"))
-# The last two rows again when only the centre view has a reference, as the paper never does.
+# The last two rows again when only the centre view has a reference, as the paper never does; their
+# tracks are followed() afterwards.
 ONE_REFERENCE = (("one reference: DPA, no loop", "one open", "one open", "", ""),
                  ("one reference: closed loop (full)", "one closed", "one closed", "", ""))
 EVAL_BATCH = 4                     # scenes sampled together; their noise depends on it
@@ -780,7 +781,7 @@ def markdown(report):
     lines += ["", "| setting | what | `val` | `unseen` |", "|---" * 4 + "|"]
     rows = [("depth", name, f"depth {name}", "rpe", "RPE of tracks, %") for name in val["depth"]]
     rows += [("references", count, f"references: {count}", "psnr", "PSNR of the views without, dB")
-             for count in sorted(val["references"], reverse=True)]
+             for count in sorted(val["references"], key=lambda name: (-int(name[0]), name))]
     rows += [("cameras", name, f"camera at {name}", "psnr", "PSNR, one reference, dB")
              for name in val["cameras"]]
     lines += [line(title, what, *(cell(part[table][name], key, 2) for part in (val, unseen)))

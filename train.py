@@ -90,7 +90,8 @@ class Settings:
     rate: float = option(0.0, "peak learning rate, 0 = the preset's (joint: half of it)")
     minutes: float = option(0.0, "stop a stage after so many minutes (decay included), 0 = never")
     guidance_dropout: float = option(0.2, "share of joint steps of the MJD alone, without guidance")
-    true_tracks: float = option(0.3, "share of joint steps of the MJD alone, guided by true tracks")
+    true_tracks: float = option(0.3, "share of joint steps of the MJD alone, guided by true tracks "
+                                     "(at most what --guidance-dropout leaves)")
     single_view: float = option(0.15, "share of joint steps with V = 1")
     scenes: int = option(0, "distinct training scenes, 0 = no limit (each is new; slow on a CPU)")
     cache: str = option("", "folder that keeps rendered scenes or decoded TACO crops")
@@ -180,7 +181,7 @@ def make_dataset(settings, recipe, split):
 
 class EncodedScenes(Dataset):
     """A finite data set whose scenes carry latents in place of their videos: with the VAE frozen
-    each is encoded once and then kept in memory (0.6 MB a scene of `small`)."""
+    each is encoded once and then kept in memory (0.8 MB a scene of `small`)."""
 
     def __init__(self, dataset, vae, autocast):
         self.dataset, self.vae, self.autocast, self.kept = dataset, vae, autocast, {}
@@ -734,7 +735,7 @@ class Case:
 
     shape: latents (n, h, w); whole: the network, not a block; full: one attention over all views
     and frames in place of the two, the comparison. flops: of a forward pass; of the network only
-    the blocks', 96 % and more of it at these sizes.
+    the blocks' and Mend's, 96 % and more of it at these sizes.
     """
 
     def __init__(self, device, preset, dtype, views=3, shape=None, whole=False, full=False):
