@@ -635,6 +635,14 @@ def test_every_condition_changes_the_estimate(models):
     assert close(net.text(["stir"])[0][0, :5], together[0, :5])          # whatever stands beside it
 
 
+def test_mend_starts_at_nothing_and_can_take_the_guidance_over():
+    mend, (clean, guidance) = mjd.Mend(8), torch.randn(2, 1, 3, 2, 8, 2, 4, 6)
+    assert torch.equal(mend(clean, guidance), clean)
+    with torch.no_grad():
+        mend.second.bias[16:] = 1.0                                       # trust it altogether
+    assert close(mend(clean, guidance), guidance) and torch.equal(mend(clean, None), clean)
+
+
 def test_flops_formula_equals_a_counter(models, run, tmp_path, monkeypatch):
     block, layout = models.mjd.blocks[0], mjd.Layout(4, 4, 6, 32)
     arguments = (torch.randn(1, 3, len(layout.within[0]), 64), torch.randn(1, 3, 5, 6, 64), layout,
