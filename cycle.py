@@ -421,8 +421,8 @@ def guidance_of(models, noisy, points, scale):
 
 def bend(points, generators):
     """True points (B,V,N,K,3), normalised, made wrong: shifted and sheared at random, all views
-    together and each by itself, more towards the last frame. On average by 1.3 cm in the first one
-    and 2.1 cm in the last, there by 0.5 to 4.2 cm in nine of ten samples: less than the DPA errs."""
+    together and each by itself, more towards the last frame. On average by 1.3 cm in the first
+    and 2.1 cm in the last, there by 0.5 to 4.2 cm in nine of ten samples: the DPA errs more."""
     views, frames, count = points.shape[1:4]
     maps = draw(torch.randn, generators, 2, 1 + views, 3, 4).to(points)       # first, growing
     maps = (maps[:, :, :1] + maps[:, :, 1:]) * maps.new_tensor([0.055, 0.08])[:, None, None, None]
