@@ -29,8 +29,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 
-from data import (FOREGROUND_THRESHOLD, SyntheticHOI, camera_centres, choose_anchors, draw_tracks,
-                  film_strip, plucker_rays, project, pseudo_video_to_tracks)
+from data import (FOREGROUND_THRESHOLD, SyntheticHOI, background_ramp, camera_centres,
+                  choose_anchors, film_strip, full_precision, pixel_centres, plucker_rays, project,
+                  pseudo_video_to_tracks, tracks_to_pseudo_video)
 from dpa import DPA, chamfer_distance
 from mjd import MJD, VideoVAE
 
@@ -261,40 +262,69 @@ def camera_rays(cameras, size):
     return plucker_rays(*map(fold, cameras), size).unflatten(0, cameras[0].shape[:2])
 
 
-def track_colours(tracks, anchors, reference, given):
-    """Colours (B,V,K,3) in [0,1] of tracks (B,V,N,K,3): each has that of its nearest neighbour in
-    frame 0 among the tracks whose anchors (B,V,K,2) lie in a given view, where the reference
-    (B,V,3,H,W) shows it. given (B,V) bool."""
-    (batch, views, count), (height, width) = anchors.shape[:3], reference.shape[-2:]
-    place = 2 * anchors / anchors.new_tensor([width, height]) - 1
-    colours = F.grid_sample(fold(reference).float(), fold(place)[:, None], padding_mode="border",
-                            align_corners=False)                              # (B*V, 3, 1, K)
-    colours = rearrange((colours + 1) / 2, "(b v) c 1 k -> b (v k) c", b=batch)
-    start = tracks[:, :, 0].flatten(1, 2)                                     # (B, V*K, 3)
-    distance = torch.cdist(start, start, compute_mode="donot_use_mm_for_euclid_dist")
-    shown = repeat(given, "b v -> b 1 (v k)", k=count)
-    nearest = distance.masked_fill(~shown, torch.inf).argmin(2)
-    nearest = repeat(nearest, "b slot -> b slot c", c=3)
-    return colours.gather(1, nearest).unflatten(1, (views, count))
+@full_precision
+def fill_references(tracks, anchors, reference, given, cameras, sigma=1.5):
+    """First frames (B,V,3,H,W) in [-1,1] of all views, from those that are given (B,V) bool.
+
+    A view without one is made from the given view whose camera is nearest: each of its tracks
+    (B,V,N,K,3) looks up, in frame 0, the nearest track of that view, and what reference (B,V,3,H,W)
+    shows around that one's anchor (B,V,K,2) is shown around its own; between anchors the shift is
+    blended (sigma in pixels). What the given view cannot see gets the colours of what is near it.
+    """
+    (batch, views), (height, width) = given.shape, reference.shape[-2:]
+    centres, row = camera_centres(cameras[1]), torch.arange(batch, device=given.device)[:, None]
+    source = torch.cdist(centres, centres).masked_fill(~given[:, None], torch.inf).argmin(2)
+    start, exact = tracks[:, :, 0], "donot_use_mm_for_euclid_dist"
+    nearest = torch.cdist(start, start[row, source], compute_mode=exact).argmin(3)    # (B, V, K)
+    there = anchors[row, source].gather(2, repeat(nearest, "b v k -> b v k c", c=2))
+    pixels = pixel_centres((height, width), given.device)                     # (H, W, 2)
+    coarse = rearrange(pixels[::2, ::2] + 0.5, "h w c -> 1 1 (h w) c").expand(batch, views, -1, -1)
+    share = torch.softmax(torch.cdist(coarse, anchors).square() / (-2 * sigma ** 2), -1)
+    offset = rearrange(share @ (there - anchors), "b v (h w) c -> (b v) c h w", h=height // 2)
+    offset = F.interpolate(offset, scale_factor=2, mode="bilinear")           # (B*V, 2, H, W)
+    places = pixels + rearrange(offset, "(b v) c h w -> b v h w c", b=batch)
+    filled = look_up(reference[row, source], places / places.new_tensor([width, height]))
+    return torch.where(given[..., None, None, None], reference, filled)
 
 
-def draw_guidance(vae, tracks, scale, cameras, anchors, reference, given):
-    """Guidance (B,V,2,C,n,h,w) of the MJD: tracks in the reference's colours, and in their own,
-    z~ = E(ProjNorm(M~)), Alg. 1 line 3.
+def look_up(pictures, places):
+    """Pictures (B,V,3,H,W) seen at places (B,V,h,w,2), x and y in [0,1]: (B,V,3,h,w)."""
+    seen = F.grid_sample(fold(pictures).float(), 2 * fold(places).float() - 1,
+                         padding_mode="border", align_corners=False)
+    return seen.unflatten(0, pictures.shape[:2])
+
+
+def carry(references, pseudo):
+    """Videos (B,V,3,N,H,W) in [-1,1] of references (B,V,3,H,W) moved by pseudo videos (B,V,3,N,H,W)
+    in [0,1]: red and green say where a pixel's point was in frame 0, so they say which colour it
+    has. Middle grey where background appears that frame 0 hides."""
+    foreground = pseudo[:, :, 2:] > FOREGROUND_THRESHOLD                      # (B,V,1,N,H,W)
+    still = background_ramp(pseudo.shape[-2:], pseudo.device)[:2, None]       # (2,1,H,W)
+    places = torch.where(foreground, pseudo[:, :, :2], still)
+    places = rearrange(places, "b v c n h w -> b v (n h) w c")
+    videos = look_up(references, places).unflatten(3, pseudo.shape[3:5])
+    return videos.masked_fill(foreground[:, :, :, :1] & ~foreground, 0.0)
+
+
+def draw_guidance(vae, tracks, coarse, cameras, reference, given):
+    """Guidance (B,V,2,C,n,h,w) of the MJD: [1] z~ = E(ProjNorm(M~)) of Alg. 1 line 3, for the
+    motion tokens; [0] the references carried along the motion, for the video tokens.
 
     Tracks (B,V,N,K,3) are one set of world points: the tracks of *all* views are drawn in each, so
-    the guidance is V times denser than a view's own tracks and carries what the others saw. The
-    colours are beyond the paper: z~ alone says where things are, but not in which colours a view
-    without a reference should paint them. anchors (B,V,K,2), reference (B,V,3,H,W), given (B,V).
+    z~ is V times denser than a view's own tracks and carries what the others saw. [0] is beyond
+    the paper: z~ says where things are, but not how they look, and through tokens of 16 pixels a
+    small network copies badly. The tracks say how a view without a reference looks in frame 0, and
+    the pseudo videos that they were read from, being dense, say where it goes. coarse: a Coarse of
+    which anchors, scale and pseudo are used; reference (B,V,3,H,W) in [-1,1]; given (B,V).
     """
     batch, views = tracks.shape[:2]
-    paint = track_colours(tracks, anchors, reference, given).flatten(1, 2)    # (B, V*K, 3)
     everything = repeat(tracks, "b u n k c -> (b v) n (u k) c", v=views)
-    pseudo, _, painted = draw_tracks(
-        everything, fold(cameras[0]), fold(cameras[1]), reference.shape[-2:], fold(scale),
-        paint=paint.repeat_interleave(views, 0))
-    painted, pseudo = (2 * clip.unflatten(0, (batch, views)) - 1 for clip in (painted, pseudo))
-    return torch.stack([encode(vae, painted, "video"), encode(vae, pseudo, "motion")], 2)
+    pseudo, _ = tracks_to_pseudo_video(everything, *map(fold, cameras), reference.shape[-2:],
+                                       fold(coarse.scale))
+    filled = fill_references(tracks, coarse.anchors, reference, given, cameras)
+    return torch.stack([
+        encode(vae, carry(filled, coarse.pseudo), "video"),
+        encode(vae, 2 * pseudo.unflatten(0, (batch, views)) - 1, "motion")], 2)
 
 
 def align(dpa, noisy, coarse, t, cameras, size):
@@ -337,7 +367,7 @@ def joint_losses(models, batch, scheduler, use_guidance=True, use_dpa=True, text
     noisy = diffuse(models, batch, scheduler, text_dropout, generators)           # lines 1, 2
     guidance = None
     if true_tracks:
-        guidance = guidance_of(models, noisy, bend(noisy.points, noisy.generators), noisy.scale)
+        guidance = guidance_of(models, noisy, *bend(models, noisy))
     elif use_guidance and use_dpa:
         guidance = guidance_of(models, noisy, *refine(models, noisy, scheduler))
     losses, motion, scale = mjd_losses(models, noisy, scheduler, guidance)
@@ -393,7 +423,7 @@ def at_time(noisy, scheduler, even_t):
 @torch.no_grad()
 def refine(models, noisy, scheduler):
     """Alg. 1, line 3, without gradient: M~ = G_DPA(M_t, coarse, t), (B,V,N,K,3) normalised, and
-    the scale (B,V,2) in metres to draw it with.
+    the Coarse that it was made of.
 
     In sampling the coarse tracks are those of the step before, so here they are those of an
     unguided pass of the MJD on the same noise up to a tenth of all steps earlier.
@@ -409,28 +439,43 @@ def refine(models, noisy, scheduler):
     # Older torch (before pull request 165068) would give the weights that autocast has cast here,
     # without gradient, to the passes that need one.
     torch.clear_autocast_cache()
-    return scheduler.predict(velocity, noisy.points_t, noisy.t)[0], coarse.scale
+    return scheduler.predict(velocity, noisy.points_t, noisy.t)[0], coarse
 
 
 @torch.no_grad()
-def guidance_of(models, noisy, points, scale):
+def guidance_of(models, noisy, points, coarse):
     """draw_guidance() of points (B,V,N,K,3), normalised, in the batch of diffuse()."""
-    return draw_guidance(models.vae, models.dpa.denormalise(points), scale, noisy.cameras,
-                         noisy.anchors, noisy.reference, noisy.given)
+    return draw_guidance(models.vae, models.dpa.denormalise(points), coarse, noisy.cameras,
+                         noisy.reference, noisy.given)
 
 
-def bend(points, generators):
-    """True points (B,V,N,K,3), normalised, made wrong: shifted and sheared at random, all views
-    together and each by itself, more towards the last frame. On average by 1.3 cm in the first
-    and 2.1 cm in the last, there by 0.5 to 4.2 cm in nine of ten samples: the DPA errs more."""
+@torch.no_grad()
+def bend(models, noisy):
+    """What refine() gives, (B,V,N,K,3) and a Coarse, from the truth made wrong at random: a warm-up.
+
+    Points are shifted and sheared, all views together and each by itself, more towards the last
+    frame: on average by 1.3 cm in the first and 2.1 cm in the last, there by 0.5 to 4.2 cm in nine
+    of ten samples: the DPA errs more. The pseudo videos are moved and sheared likewise, each by
+    itself, by some pixels in the last frame; the colours stay.
+    """
+    points, generators = noisy.points, noisy.generators
     views, frames, count = points.shape[1:4]
     maps = draw(torch.randn, generators, 2, 1 + views, 3, 4).to(points)       # first, growing
     maps = (maps[:, :, :1] + maps[:, :, 1:]) * maps.new_tensor([0.055, 0.08])[:, None, None, None]
-    maps = 1.2 * maps * draw(torch.rand, generators, 1, 1, 1, 1).to(points)
+    strength = 1.2 * draw(torch.rand, generators, 1, 1, 1, 1).to(points)
+    maps = strength * maps
     share = torch.linspace(0, 1, frames, device=points.device)[:, None, None]
     maps = maps[:, 0][:, :, None] + share * maps[:, 1][:, :, None]            # (B, V, N, 3, 4)
     each = draw(torch.randn, generators, views, 1, count, 3).to(points)
-    return points + F.pad(points, (0, 1), value=1.0) @ maps.mT + 0.03 * each
+    points = points + F.pad(points, (0, 1), value=1.0) @ maps.mT + 0.03 * each
+
+    maps = strength * share * 0.08 * draw(torch.randn, generators, views, 1, 2, 3).to(points)
+    maps = (maps + torch.eye(2, 3, device=points.device)).flatten(0, 2)       # (B V N, 2, 3)
+    pseudo = fold((decode(models.vae, noisy.motion, "motion") + 1) / 2).transpose(1, 2)
+    grid = F.affine_grid(maps, [len(maps), 3, *noisy.size], align_corners=False)
+    bent = F.grid_sample(pseudo.flatten(0, 1), grid, padding_mode="border", align_corners=False)
+    bent = rearrange(bent, "(b v n) c h w -> b v c n h w", v=views, n=frames)
+    return points, Coarse(None, noisy.anchors, None, noisy.scale, bent)
 
 
 def mjd_losses(models, noisy, scheduler, guidance=None, depth_weight=4.0, scale_weight=0.1):
@@ -554,8 +599,7 @@ def sample(models, reference, given, prompts, cameras, frames, steps=25, text_sc
             t_points = times[min(step + cycle_every, max(step + 1, steps - 1))]
             points, slots = scheduler.step(velocity, points, t, t_points), coarse.anchors
             if cycle and step < steps - 1:
-                guidance = draw_guidance(models.vae, tracks, coarse.scale, cameras,
-                                         coarse.anchors, reference, given)
+                guidance = draw_guidance(models.vae, tracks, coarse, cameras, reference, given)
         yield SampleState(step + 1, steps, t, *clean, coarse, tracks, models.vae)
 
 

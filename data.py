@@ -140,13 +140,6 @@ def tracks_to_pseudo_video(tracks, intrinsics, extrinsics, size, scale=None, val
     a pixel goes to the nearest point, so that dense tracks draw exact colours. Their radius,
     somewhat over the spacing, comes off the silhouette again (a closing).
     """
-    return draw_tracks(tracks, intrinsics, extrinsics, size, scale, valid)[:2]
-
-
-def draw_tracks(tracks, intrinsics, extrinsics, size, scale=None, valid=None, paint=None):
-    """tracks_to_pseudo_video, and the same drawing with another paint: paint (V,K,3) in [0,1] is
-    each track's colour in all frames. Returns pseudo, scale, painted (V,3,N,H,W) in [0,1] (None
-    without paint), middle grey where no track is."""
     views, frames, count = tracks.shape[:3]
     if frames < 1 or count < 1:
         raise ValueError(f"expected tracks (V,N,K,3) with N, K >= 1, got {tuple(tracks.shape)}")
@@ -161,15 +154,9 @@ def draw_tracks(tracks, intrinsics, extrinsics, size, scale=None, valid=None, pa
     found = rearrange(found, "(v n) (h w) -> v 1 n h w", v=views, h=size[0])
     for _ in range(int(radius / 1.5)):
         found = erode(found)
-
-    def picture(colours, background):
-        drawn = torch.gather(colours.flatten(0, 1), 1, repeat(winner, "f p -> f p c", c=3))
-        drawn = rearrange(drawn, "(v n) (h w) c -> v c n h w", v=views, h=size[0])
-        return torch.where(found, drawn, background)
-    pseudo = picture(colours, background_ramp(size, tracks.device)[None, :, None])
-    if paint is not None:
-        paint = picture(paint[:, None].expand_as(colours), 0.5)
-    return pseudo, scale, paint
+    drawn = torch.gather(colours.flatten(0, 1), 1, repeat(winner, "f p -> f p c", c=3))
+    drawn = rearrange(drawn, "(v n) (h w) c -> v c n h w", v=views, h=size[0])
+    return torch.where(found, drawn, background_ramp(size, tracks.device)[None, :, None]), scale
 
 
 def depth_range(depth, valid):
