@@ -26,6 +26,7 @@ Glossary
 Run `python mjd.py` for the shapes, who attends to whom (out/mjd.png) and the paper's 9,100 tokens.
 """
 
+import functools
 import math
 
 import torch
@@ -328,7 +329,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Tokens (B,T,D) look at text (B,L,D) under mask (B,L); the output starts at zero."""
+    """Tokens (B,T,D) look at a text's keys and values under mask (B,L); starts at zero."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -337,12 +338,15 @@ class CrossAttention(nn.Module):
         self.query, self.key_value = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
         self.out = zero_init(nn.Linear(dim, dim))
 
-    def forward(self, x, text, mask, fused=False):
-        q = self.query(self.norm(x))                                          # (B, T, D)
-        k, v = self.key_value(text.to(x.dtype)).chunk(2, -1)                  # (B, L, D)
-        q, k = self.query_norm(q), self.key_norm(k)
-        q, k, v = (rearrange(y, "b t (h d) -> b h t d", h=self.heads) for y in (q, k, v))
-        x = attention(q, k, v, mask[:, None, None], fused)
+    def read(self, text):
+        """Keys and values (B,heads,L,head_dim) of text (B,L,D): the same at every step."""
+        k, v = self.key_value(text).chunk(2, -1)
+        return [rearrange(y, "b l (h d) -> b h l d", h=self.heads) for y in (self.key_norm(k), v)]
+
+    def forward(self, x, keys_values, mask, fused=False):
+        q = self.query_norm(self.query(self.norm(x)))                         # (B, T, D)
+        q = rearrange(q, "b t (h d) -> b h t d", h=self.heads)
+        x = attention(q, *keys_values, mask[:, None, None], fused)
         return self.out(rearrange(x, "b h t d -> b t (h d)"))
 
 
@@ -412,6 +416,9 @@ class Layout:
         return tuple(table.repeat(views, 1) for table in self.place)
 
 
+kept_layout = functools.lru_cache(4)(Layout)       # the same at every step: made once
+
+
 class Block(nn.Module):
     """One MJD block: modulation, inter-view, intra-view, text, MLP, in the order of Sec. 3.3."""
 
@@ -422,7 +429,11 @@ class Block(nn.Module):
         self.cross = CrossAttention(dim, heads)
         self.mlp = mlp(dim, hidden)
 
-    def forward(self, x, modulation, layout, text, text_mask, fused):
+    def read(self, text):
+        """What forward() takes as keys_values, of text (B,L,D): (B,heads,L,head_dim) each."""
+        return self.cross.read(text)
+
+    def forward(self, x, modulation, layout, keys_values, text_mask, fused):
         """x (B,V,T,D); modulation (B,V,n+1,6,D): one row a video frame, the last for motion."""
         bias = torch.cat([self.modulation[:1].expand(layout.frames, -1, -1), self.modulation[1:]])
         rows = (modulation + bias).to(x.dtype).unbind(3)
@@ -434,7 +445,7 @@ class Block(nn.Module):
         x = x + gate * self.within_view(h, layout, fused)
         batch, views = x.shape[:2]
         x = rearrange(x, "b v t d -> b (v t) d")
-        x = rearrange(x + self.cross(x, text, text_mask, fused), "b (v t) d -> b v t d", v=views)
+        x = rearrange(x + self.cross(x, keys_values, text_mask, fused), "b (v t) d -> b v t d", v=views)
         return x + gate_mlp * self.mlp(rms_norm(x) * (1 + scale_mlp) + shift_mlp)
 
     def between_views(self, x, layout, fused):
@@ -501,7 +512,7 @@ class MJD(nn.Module):
         self.embed = nn.ModuleList(nn.Linear(pixels, dim) for _ in range(2))      # video, motion
         # The refined motion guidance has a projection of its own. The paper adds it to z_Mpv,t
         # (Alg. 1, line 4); measured, the sum is ambiguous at low t (README, tried and dropped).
-        # [1] is that; [0] is for video tokens: the tracks in the reference's colours, beyond the
+        # [1] is that; [0] is for video tokens: references carried along the motion, beyond the
         # paper.
         self.embed_guidance = nn.ModuleList(zero_init(nn.Linear(pixels, dim)) for _ in range(2))
         # Beyond the paper: z_I is shown to the tokens of all frames, not of the first alone, and
@@ -525,23 +536,22 @@ class MJD(nn.Module):
         """One joint estimate: (v_video, v_motion) (B,V,C,n,h,w) and scale (B,V,2) in metres.
 
         video (B,V,C,n,h,w): z_V,t, with the clean z_I in latent frame 0 where given; motion:
-        z_Mpv,t; t (B,) flow time; text: tokens (B,L,D) and mask (B,L) of encode_text(); rays
-        (B,V,6,H,W), Pluecker, any resolution; given (B,V) bool: views whose reference is shown,
-        their first video tokens carry t = 0; guidance (B,V,2,C,n,h,w) or None: the refined tracks
-        in the reference's colours, for the video tokens, and z~ of Alg. 1 line 3, for motion's.
+        z_Mpv,t; t (B,) flow time; text: of encode_text(); rays (B,V,6,H,W), Pluecker, any
+        resolution; given (B,V) bool: views whose reference is shown, their first video tokens carry
+        t = 0; guidance (B,V,2,C,n,h,w) or None: the references carried along the motion, for the
+        video tokens, and z~ of Alg. 1 line 3, for the motion tokens.
         """
         batch, views, _, frames, height, width = video.shape
         if height % self.patch or width % self.patch:
             raise ValueError(f"expected latents with h, w multiples of the patch {self.patch}, got "
                              f"{height} x {width}: choose another picture size")
-        layout = Layout(frames, height // self.patch, width // self.patch,
-                        self.special.shape[-1] // self.heads, video.device)
+        layout = kept_layout(frames, height // self.patch, width // self.patch,
+                             self.special.shape[-1] // self.heads, video.device)
         reference = torch.where(given[..., None, None, None, None], video[:, :, :, :1], 0.0)
         x = self.tokens(video, motion, reference, rays, guidance)             # (B, V, T, D)
         modulation, head_row = self.modulations(t, given, frames)
-        text_tokens, text_mask = text
-        for block in self.blocks:
-            arguments = (x, modulation, layout, text_tokens, text_mask, self.fused)
+        for block, keys_values in zip(self.blocks, text[0]):
+            arguments = (x, modulation, layout, keys_values, text[1], self.fused)
             if self.checkpointing and self.training:
                 x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -557,8 +567,10 @@ class MJD(nn.Module):
                 self.scale_centre + self.scale_unit * scale)
 
     def encode_text(self, prompts):
-        """B strings -> the tokens (B,L,D) and mask (B,L) that forward() takes as `text`."""
-        return self.text(prompts)
+        """B strings -> what forward() takes as `text`: for every block the keys and values
+        (B,heads,L,head_dim) of its cross-attention, and the mask (B,L). Once is enough."""
+        tokens, mask = self.text(prompts)
+        return [block.read(tokens) for block in self.blocks], mask
 
     def velocity(self, noisy, estimate, t):
         """E[z_1 - z_0 | z_t] if z_0 ~ N(estimate, prior_std^2), (B,V,C,n,h,w), as in the DPA: near
@@ -706,7 +718,7 @@ def lesson():
         latents = vae.encode(video)[None]
         start = time.perf_counter()
         given = torch.tensor([[True, False, False]])
-        out = mjd(latents, latents, torch.tensor([0.5]), mjd.text(["<spoon, stir, bowl>"]),
+        out = mjd(latents, latents, torch.tensor([0.5]), mjd.encode_text(["<spoon, stir, bowl>"]),
                   torch.randn(1, 3, 6, 64, 96), given)
         seconds = time.perf_counter() - start
     print(f"video {tuple(video.shape)} -> latents {tuple(latents.shape)} -> velocities "

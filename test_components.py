@@ -603,7 +603,7 @@ def mjd_arguments(net, frames=2):
     return dict(video=latents[0], motion=latents[1], guidance=latents[2:].movedim(0, 2),
                 t=torch.tensor([0.5]),
                 rays=torch.randn(1, 3, 6, 32, 48, generator=seeded(1)),
-                text=net.text(["<spoon, stir, bowl>"]), given=torch.tensor([[True, False, False]]))
+                text=net.encode_text(["<spoon, stir, bowl>"]), given=torch.tensor([[True, False, False]]))
 
 
 @torch.no_grad()
@@ -626,7 +626,7 @@ def test_every_condition_changes_the_estimate(models):
     net, arguments = models.mjd, mjd_arguments(models.mjd)
     before, reference = net(**arguments), arguments["video"].clone()
     reference[:, :1, :, 0] += 0.5
-    for name, other in dict(video=reference, text=net.text(["<spoon, hit, bowl>"]), guidance=None,
+    for name, other in dict(video=reference, text=net.encode_text(["<spoon, hit, bowl>"]), guidance=None,
                             t=torch.tensor([0.6]), rays=arguments["rays"].flip(3),
                             given=torch.tensor([[True, True, False]])).items():
         for a, b in zip(before, net(**{**arguments, name: other})):       # video, motion and scale
@@ -646,7 +646,7 @@ def test_mend_starts_at_nothing_and_can_take_the_guidance_over():
 def test_flops_formula_equals_a_counter(models, run, tmp_path, monkeypatch):
     block, layout = models.mjd.blocks[0], mjd.Layout(4, 4, 6, 32)
     arguments = (torch.randn(1, 3, len(layout.within[0]), 64), torch.randn(1, 3, 5, 6, 64), layout,
-                 torch.randn(1, 16, 64), torch.ones(1, 16, dtype=torch.bool), False)
+                 block.read(torch.randn(1, 16, 64)), torch.ones(1, 16, dtype=torch.bool), False)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         block(*arguments)
     assert counter.get_total_flops() == train.block_flops(3, 4, 4 * 6, 64, 128, 16)

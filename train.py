@@ -54,9 +54,9 @@ RECIPES = {
                  rate=dict(vae=1e-3, mjd=1e-3, dpa=3e-3), batch=2,
                  steps=dict(vae=40, base=40, dpa=40, joint=40),
                  dpa=dict(dim=32, depth=2, heads=2, patch=32)),
-    "small": dict(size=(64, 96), frames=13, views=3, tracks=256,
+    "small": dict(size=(64, 96), frames=13, views=3, tracks=256, scenes=600,
                   rate=dict(vae=1e-3, mjd=8e-4, dpa=2e-3), batch=4,
-                  steps=dict(vae=3000, base=2500, dpa=800, joint=2500),
+                  steps=dict(vae=700, base=500, dpa=150, joint=750),    # an hour on two CPU cores
                   dpa=dict(dim=96, depth=3, heads=2, patch=64)),
     "taco": dict(size=(256, 384), frames=25, views=3, tracks=1024,
                  rate=dict(vae=5e-4, mjd=2e-4, dpa=5e-4), batch=1,
@@ -89,12 +89,14 @@ class Settings:
     batch: int = option(0, "scenes a step, 0 = the preset's")
     rate: float = option(0.0, "peak learning rate, 0 = the preset's (joint: half of it)")
     minutes: float = option(0.0, "stop a stage after so many minutes (decay included), 0 = never")
-    guidance_dropout: float = option(0.2, "share of joint steps of the MJD alone, without guidance")
-    true_tracks: float = option(0.3, "share of joint steps of the MJD alone, guided by true tracks "
+    guidance_dropout: float = option(0.1, "share of joint steps of the MJD alone, without guidance")
+    true_tracks: float = option(0.5, "share of joint steps of the MJD alone, guided by true tracks "
                                      "(at most what --guidance-dropout leaves)")
     single_view: float = option(0.15, "share of joint steps with V = 1")
-    scenes: int = option(0, "distinct training scenes, 0 = no limit (each is new; slow on a CPU)")
-    cache: str = option("", "folder that keeps rendered scenes or decoded TACO crops")
+    scenes: int = option(-1, "distinct training scenes, 0 = no limit (each is new; slow on a CPU), "
+                             "-1 = the preset's (small: 600 on a CPU)")
+    cache: str = option("", "folder that keeps rendered scenes or decoded TACO crops (by default "
+                            "OUT/scenes if there are so many and no more)")
     workers: int = option(1, "processes that prepare data (a GPU renders the world itself)")
     out: str = option("", "run folder, default runs/PRESET")
     resume: bool = option(False, "go on from checkpoint.pt of the run folder")
@@ -106,7 +108,7 @@ class Settings:
                                         "(taco and paper always do)")
     log_every: int = option(20, "steps between log lines")
     save_every: int = option(200, "steps between checkpoints")
-    sample_every: int = option(500, "steps between validation samples, 0 = never")
+    sample_every: int = option(250, "steps between validation samples, 0 = never")
     seed: int = option(0, "of weights, data and noise")
     benchmark: bool = option(False, "measure the speed of everything on this machine, and stop")
     json: str = option("", "where --benchmark writes its numbers")
@@ -130,7 +132,8 @@ def parse(arguments=None):
     parser.error = refuse
     settings = Settings(**vars(parser.parse_args(arguments)))
     for names, expected, least, most in (
-            ("steps batch rate minutes scenes workers sample_every", "0 or more", 0, math.inf),
+            ("steps batch rate minutes workers sample_every", "0 or more", 0, math.inf),
+            ("scenes", "-1 or more", -1, math.inf),
             ("log_every save_every", "1 or more", 1, math.inf),
             ("guidance_dropout true_tracks single_view", "a share in [0, 1]", 0, 1)):
         for name in names.split():
@@ -169,13 +172,15 @@ class StepSampler(Sampler):
 
 def make_dataset(settings, recipe, split):
     """The data set of a run at its size."""
+    limit = recipe.get("scenes", 0) if split == "train" else 0
     shape = dict(size=recipe["size"], frames=recipe["frames"], views=recipe["views"],
-                 tracks=recipe["tracks"], seed=settings.seed, cache=settings.cache or None)
+                 tracks=recipe["tracks"], seed=settings.seed,
+                 cache=settings.cache or (f"{settings.out}/scenes" if limit else None))
     if settings.data == "taco":
         return TACO(settings.data_root, settings.mano_dir, split,
                     split_file=settings.split_file or None, **shape)
-    if settings.scenes and split == "train":
-        shape["length"] = settings.scenes
+    if limit:
+        shape["length"] = limit
     return SyntheticHOI(split, device=pick_device(settings), **shape)
 
 
@@ -320,6 +325,8 @@ def shard(models, device, world):
     for network in (models.mjd, models.dpa):
         for block in network.blocks:
             fully_shard(block, mesh=mesh)
+            if network is models.mjd:
+                register_fsdp_forward_method(block, "read")
         fully_shard(network, mesh=mesh)
     register_fsdp_forward_method(models.mjd, "encode_text")
 
@@ -462,7 +469,7 @@ class Trainer:
         if self.step >= steps:
             return self.say(f"{stage}: already at step {self.step} of {steps}")
         dataset = make_dataset(self.settings, self.recipe, "train")
-        if stage != "vae" and self.settings.scenes:
+        if stage != "vae" and self.recipe["scenes"]:
             dataset = EncodedScenes(dataset, self.models.vae, self.autocast)
 
         def scenes(step, group=(0, 1)):       # by default the same ones in all processes
@@ -693,15 +700,16 @@ TOO_LONG = 10.0          # seconds at the device's matrix rate from which a case
 def block_flops(views, frames, places, dim, hidden, text):
     """FLOPs of one MJD block's forward pass on one sample (multiply and add count as two).
 
-    views V, frames n, places h w of tokens, dim D, hidden of the MLP, text L. Only products of
-    matrices count, as in torch.utils.flop_counter, against which a test holds this formula.
+    views V, frames n, places h w of tokens, dim D, hidden of the MLP, text L (its keys and values
+    are made elsewhere). Only products of matrices count, as in torch.utils.flop_counter, against
+    which a test holds this formula.
     """
     visual = 2 * frames * places                              # tokens of a view, both modalities
     tokens = visual + SCALE_TOKENS + REGISTER_TOKENS
     linear = 8 * dim ** 2 * views * (visual + tokens)         # q, k, v, out of both attentions
     between = 4 * dim * 2 * frames * (views * places) ** 2
     within = 4 * dim * views * tokens ** 2
-    cross = 4 * dim ** 2 * (views * tokens + text) + 4 * dim * views * tokens * text
+    cross = 4 * dim ** 2 * views * tokens + 4 * dim * views * tokens * text
     return linear + between + within + cross + 4 * dim * hidden * views * tokens
 
 
@@ -747,14 +755,16 @@ class Case:
         self.device, self.dtype, self.whole = device, dtype, whole
         self.flops = block_flops(views, frames, layout.places, dim, hidden, size["text_tokens"])
         with torch.device(device):
-            text = (torch.randn(1, size["text_tokens"], dim),
+            text = ([torch.randn(1, heads, size["text_tokens"], dim // heads, dtype=dtype)] * 2,
                     torch.ones(1, size["text_tokens"], dtype=torch.bool))
             self.x = torch.randn(1, views, len(layout.within[0]), dim, dtype=dtype)
             if whole:
                 latents = torch.randn(1, views, channels, frames, height, width)
                 self.network = MJD(channels, **size)
-                self.inputs = (latents, latents, torch.tensor([0.5]), text, torch.randn(
-                    1, views, 6, height, width), torch.ones(1, views, dtype=torch.bool))
+                self.inputs = (latents, latents, torch.tensor([0.5]),
+                               ([text[0]] * size["depth"], text[1]),
+                               torch.randn(1, views, 6, height, width),
+                               torch.ones(1, views, dtype=torch.bool))
                 mend = 9 * 2 * 16 * channels ** 2          # of Mend, a pixel of the latents
                 self.flops = size["depth"] * self.flops + mend * latents[:, :, 0].numel()
             else:
@@ -934,8 +944,13 @@ def prefers_fused(device, preset, recipe):
 
 
 def make_recipe(settings):
-    """The preset's recipe with --size and --batch in place."""
+    """The preset's recipe with --size, --batch and --scenes in place."""
     recipe = dict(RECIPES[settings.preset])
+    if settings.scenes >= 0:
+        recipe["scenes"] = settings.scenes
+    elif settings.data != "synthetic" or pick_device(settings).type == "cuda":
+        recipe["scenes"] = 0                  # TACO has its number, a GPU renders new ones
+    recipe.setdefault("scenes", 0)
     recipe["batch"] = settings.batch or recipe["batch"]
     if settings.size:
         try:
