@@ -9,7 +9,7 @@
           |                 coarse tracks (B,V,N,K,3) metres --> [ DPA ]
           |                                                         |
           |                 VAE encode, Proj & Norm  <--- aligned tracks (B,V,N,K,3) metres
-          +--- z~ (B,V,2,C,n,h,w), guidance of the *next* step: places, and the reference's colours
+          +--- (B,V,2,C,n,h,w), guidance of the *next* step: z~, and the references carried along
 
 The first departure (measured; README has the others): Alg. 1 reads the coarse tracks from *noisy*
 latents; decoded, those are useless (6-23 cm). We read them from the clean estimate z_t - t v^, in
@@ -451,7 +451,7 @@ def guidance_of(models, noisy, points, coarse):
 
 @torch.no_grad()
 def bend(models, noisy):
-    """What refine() gives, (B,V,N,K,3) and a Coarse, from the truth made wrong at random: a warm-up.
+    """What refine() gives, (B,V,N,K,3) and a Coarse, from the truth made wrong: a warm-up.
 
     Points are shifted and sheared, all views together and each by itself, more towards the last
     frame: on average by 1.3 cm in the first and 2.1 cm in the last, there by 0.5 to 4.2 cm in nine

@@ -445,7 +445,8 @@ class Block(nn.Module):
         x = x + gate * self.within_view(h, layout, fused)
         batch, views = x.shape[:2]
         x = rearrange(x, "b v t d -> b (v t) d")
-        x = rearrange(x + self.cross(x, keys_values, text_mask, fused), "b (v t) d -> b v t d", v=views)
+        x = x + self.cross(x, keys_values, text_mask, fused)
+        x = rearrange(x, "b (v t) d -> b v t d", v=views)
         return x + gate_mlp * self.mlp(rms_norm(x) * (1 + scale_mlp) + shift_mlp)
 
     def between_views(self, x, layout, fused):

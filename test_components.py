@@ -603,7 +603,8 @@ def mjd_arguments(net, frames=2):
     return dict(video=latents[0], motion=latents[1], guidance=latents[2:].movedim(0, 2),
                 t=torch.tensor([0.5]),
                 rays=torch.randn(1, 3, 6, 32, 48, generator=seeded(1)),
-                text=net.encode_text(["<spoon, stir, bowl>"]), given=torch.tensor([[True, False, False]]))
+                text=net.encode_text(["<spoon, stir, bowl>"]),
+                given=torch.tensor([[True, False, False]]))
 
 
 @torch.no_grad()
@@ -626,8 +627,8 @@ def test_every_condition_changes_the_estimate(models):
     net, arguments = models.mjd, mjd_arguments(models.mjd)
     before, reference = net(**arguments), arguments["video"].clone()
     reference[:, :1, :, 0] += 0.5
-    for name, other in dict(video=reference, text=net.encode_text(["<spoon, hit, bowl>"]), guidance=None,
-                            t=torch.tensor([0.6]), rays=arguments["rays"].flip(3),
+    for name, other in dict(video=reference, text=net.encode_text(["<spoon, hit, bowl>"]),
+                            guidance=None, t=torch.tensor([0.6]), rays=arguments["rays"].flip(3),
                             given=torch.tensor([[True, True, False]])).items():
         for a, b in zip(before, net(**{**arguments, name: other})):       # video, motion and scale
             assert not close(a, b, 1e-4), name
