@@ -263,13 +263,13 @@ def camera_rays(cameras, size):
 
 
 @full_precision
-def fill_references(tracks, anchors, reference, given, cameras, sigma=1.5):
+def fill_references(tracks, anchors, reference, given, cameras):
     """First frames (B,V,3,H,W) in [-1,1] of all views, from those that are given (B,V) bool.
 
     A view without one is made from the given view whose camera is nearest: each of its tracks
     (B,V,N,K,3) looks up, in frame 0, the nearest track of that view, and what reference (B,V,3,H,W)
     shows around that one's anchor (B,V,K,2) is shown around its own; between anchors the shift is
-    blended (sigma in pixels). What the given view cannot see gets the colours of what is near it.
+    blended. What the given view cannot see gets the colours of what is near it.
     """
     (batch, views), (height, width) = given.shape, reference.shape[-2:]
     centres, row = camera_centres(cameras[1]), torch.arange(batch, device=given.device)[:, None]
@@ -277,6 +277,8 @@ def fill_references(tracks, anchors, reference, given, cameras, sigma=1.5):
     start, exact = tracks[:, :, 0], "donot_use_mm_for_euclid_dist"
     nearest = torch.cdist(start, start[row, source], compute_mode=exact).argmin(3)    # (B, V, K)
     there = anchors[row, source].gather(2, repeat(nearest, "b v k -> b v k c", c=2))
+    # Over half an anchor's spacing, if they cover 30 % of the picture; for every fourth pixel.
+    sigma = 0.55 * (0.3 * height * width / anchors.shape[2]) ** 0.5
     pixels = pixel_centres((height, width), given.device)                     # (H, W, 2)
     coarse = rearrange(pixels[::2, ::2] + 0.5, "h w c -> 1 1 (h w) c").expand(batch, views, -1, -1)
     share = torch.softmax(torch.cdist(coarse, anchors).square() / (-2 * sigma ** 2), -1)
@@ -456,13 +458,15 @@ def bend(models, noisy):
     Points are shifted and sheared, all views together and each by itself, more towards the last
     frame: on average by 1.3 cm in the first and 2.1 cm in the last, there by 0.5 to 4.2 cm in nine
     of ten samples: the DPA errs more. The pseudo videos are moved and sheared likewise, each by
-    itself, by some pixels in the last frame; the colours stay.
+    itself, by some pixels in the last frame; the colours stay. All that is for t = 1; the nearer to
+    t = 0, the less.
     """
     points, generators = noisy.points, noisy.generators
     views, frames, count = points.shape[1:4]
     maps = draw(torch.randn, generators, 2, 1 + views, 3, 4).to(points)       # first, growing
     maps = (maps[:, :, :1] + maps[:, :, 1:]) * maps.new_tensor([0.055, 0.08])[:, None, None, None]
     strength = 1.2 * draw(torch.rand, generators, 1, 1, 1, 1).to(points)
+    strength = strength * noisy.t.reshape(-1, 1, 1, 1, 1)
     maps = strength * maps
     share = torch.linspace(0, 1, frames, device=points.device)[:, None, None]
     maps = maps[:, 0][:, :, None] + share * maps[:, 1][:, :, None]            # (B, V, N, 3, 4)
@@ -551,15 +555,17 @@ class SampleState:
 
 @torch.no_grad()
 def sample(models, reference, given, prompts, cameras, frames, steps=25, text_scale=1.0,
-           num_tracks=256, anchors=None, cycle=True, use_dpa=True, cycle_every=1, shift=8.0,
-           eta=0.0, temperature=0.3, seed=0):
+           loop_scale=1.0, num_tracks=256, anchors=None, cycle=True, use_dpa=True, cycle_every=1,
+           shift=8.0, eta=0.0, temperature=0.3, seed=0):
     """The closed loop of Sec. 3.5: a generator of one SampleState a step, the last is the result.
 
     reference (B,V,3,H,W) in [-1,1], ignored where given (B,V) is False; prompts: B strings;
     cameras: intrinsics (B,V,3,3), extrinsics (B,V,4,4); text_scale: classifier-free guidance on
-    the text, 1 = off; anchors (B,V,K,2) pixels to follow, or None to choose them; temperature: z_1
-    and M_1 are so many times smaller than in training. At 1 small networks turn all that they do
-    not know into noise, each token its own; towards 0 into a blur, which is nearer to the truth.
+    the text, 1 = off; loop_scale: how far to trust the loop's guidance, 1 = as trained, 0 = its
+    local path off (mjd.Mend); anchors (B,V,K,2) pixels to follow, or None to choose them;
+    temperature: z_1 and M_1 are so many times smaller than in training. At 1 small networks turn
+    all that they do not know into noise, each token its own; towards 0 into a blur, which is nearer
+    to the truth.
     Every `cycle_every` steps (and at the last) the DPA aligns the coarse tracks of the clean
     estimate; drawn and encoded they guide the next MJD steps. cycle=False: the DPA aligns, but
     nothing is fed back. use_dpa=False: no DPA, and so no loop. The paper's sampling pseudo-code is
@@ -578,7 +584,8 @@ def sample(models, reference, given, prompts, cameras, frames, steps=25, text_sc
     video = noise(batch, views, models.vae.channels, *shape)
     motion = noise(batch, views, models.vae.channels, *shape)
     point_noise = noise(batch, views, frames, num_tracks, 3)
-    predict = MotionPredictor(models.mjd, prompts, camera_rays(cameras, size), given, text_scale)
+    predict = MotionPredictor(models.mjd, prompts, camera_rays(cameras, size), given, text_scale,
+                              loop_scale)
     points, guidance, slots = point_noise, None, None
     times = scheduler.times(steps)
     for step, (t, t_next) in enumerate(zip(times, times[1:])):
@@ -607,8 +614,8 @@ class MotionPredictor:
     """The MJD with everything that stays the same during sampling done once, and classifier-free
     guidance on the text as one batch: v = v_empty + text_scale (v_text - v_empty)."""
 
-    def __init__(self, mjd, prompts, rays, given, text_scale):
-        self.mjd, self.text_scale = mjd, text_scale
+    def __init__(self, mjd, prompts, rays, given, text_scale, loop_scale):
+        self.mjd, self.text_scale, self.loop_scale = mjd, text_scale, loop_scale
         self.copies = 1 if text_scale == 1 else 2
         self.text = mjd.encode_text(list(prompts) + [""] * len(prompts) * (self.copies - 1))
         self.rays, self.given = self.copy(rays), self.copy(given)
@@ -620,7 +627,7 @@ class MotionPredictor:
     def __call__(self, video, motion, t, guidance):
         time = torch.full((self.copies * len(video),), t, device=video.device)
         out = self.mjd(self.copy(video), self.copy(motion), time, self.text, self.rays, self.given,
-                       self.copy(guidance))
+                       self.copy(guidance), self.loop_scale)
         if self.copies == 1:
             return out
         return [empty + self.text_scale * (text - empty)

@@ -174,17 +174,21 @@ def splat(uv, depth, valid, size, radius):
     """
     height, width = size
     reach = int(radius + 0.5)
-    steps = torch.arange(-reach, reach + 1, device=uv.device)
-    offsets = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1).flatten(0, 1)  # (O, 2)
+    steps = torch.arange(-reach, reach + 1, device=uv.device)                      # S of them
     # Far out points are clamped before the cast to integers, outside the picture all the same.
-    pixel = uv.clamp(-1e4, 1e4).floor().long()[:, :, None] + offsets             # (F, K, O, 2)
-    distance = (pixel + 0.5 - uv[:, :, None]).norm(dim=-1)
-    inside = ((pixel >= 0) & (pixel < pixel.new_tensor([width, height]))).all(-1)
-    own = (offsets == 0).all(-1)                  # a point always draws the pixel it falls into
-    inside &= ((distance <= radius) | own) & valid[..., None]
-    key = ((depth[..., None] + 0.002 * distance).clamp(0, 1e4) * 1e4).long() << 24
-    key = key | torch.arange(uv.shape[1], device=uv.device)[None, :, None]
-    index = torch.where(inside, pixel[..., 1] * width + pixel[..., 0], height * width)
+    pixel = uv.clamp(-1e4, 1e4).floor().long()[:, :, None] + steps[:, None]        # (F, K, S, 2)
+    gap = (pixel + 0.5 - uv[:, :, None]).square()
+    inside = (pixel >= 0) & (pixel < pixel.new_tensor([width, height]))
+
+    def grid(x, combine):                         # of the two axes: (F,K,S,2) -> (F,K,S,S)
+        return combine(x[..., None, :, 0], x[..., None, 1])
+    distance = grid(gap, torch.add).sqrt()
+    own = (steps[:, None] == 0) & (steps == 0)    # a point always draws the pixel it falls into
+    inside = grid(inside, torch.logical_and) & ((distance <= radius) | own)
+    inside &= valid[..., None, None]
+    key = ((depth[..., None, None] + 0.002 * distance).clamp(0, 1e4) * 1e4).long() << 24
+    key = key | torch.arange(uv.shape[1], device=uv.device)[None, :, None, None]
+    index = torch.where(inside, grid(pixel, lambda x, y: y * width + x), height * width)
     nothing = torch.iinfo(torch.int64).max
     buffer = torch.full((len(uv), height * width + 1), nothing, device=uv.device)
     buffer.scatter_reduce_(1, index.flatten(1), key.flatten(1), "amin")

@@ -470,21 +470,26 @@ class Mend(nn.Module):
 
     Beyond the paper: tokens are 16 pixels wide. Two convolutions mend the seams between them, let a
     modality see the other's silhouettes, and choose for every number of a latent pixel how far to
-    go from the tokens' estimate to the guidance (any number). Starts at zero: does nothing.
+    go from the tokens' estimate to the guidance (any number), by the time too: the nearer to t = 0,
+    the better the guidance. Starts at zero: does nothing.
     """
 
     def __init__(self, channels):
         super().__init__()
-        self.first = nn.Conv2d(4 * channels, 2 * channels, 3, padding=1)
+        self.first = nn.Conv2d(4 * channels + 1, 2 * channels, 3, padding=1)
         self.second = zero_init(nn.Conv2d(2 * channels, 4 * channels, 3, padding=1))
 
-    def forward(self, clean, guidance):
-        """clean (B,V,2,C,n,h,w), guidance the same or None -> better estimates, float32."""
+    def forward(self, clean, guidance, t, scale=1.0):
+        """clean (B,V,2,C,n,h,w), guidance the same or None, t (B,) -> better estimates, float32.
+        scale: goes so many times as far as it would, but not beyond the guidance for that."""
         shown = torch.zeros_like(clean) if guidance is None else guidance
-        both = rearrange(torch.cat([clean, shown], 2), "b v m c n h w -> (b v n) (m c) h w")
+        both = rearrange(torch.cat([clean, shown], 2), "b v m c n h w -> b v n (m c) h w")
+        time = t.reshape(-1, *[1] * 5).expand(*both.shape[:3], 1, *both.shape[-2:])
+        both = torch.cat([both, time.to(both.dtype)], 3).flatten(0, 2)
         both = self.second(F.silu(self.first(both))).float()
         correction, trust = rearrange(both, "(b v n) (k m c) h w -> k b v m c n h w", k=2, m=2,
                                       b=clean.shape[0], v=clean.shape[1])
+        trust = torch.minimum(scale * trust, trust.clamp_min(1))
         towards = 0.0 if guidance is None else trust * (guidance - clean)
         return clean + towards + correction
 
@@ -533,14 +538,14 @@ class MJD(nn.Module):
         self.mend = Mend(channels)
         self.register_buffer("scale_centre", torch.tensor([0.5, 0.8]))
 
-    def forward(self, video, motion, t, text, rays, given, guidance=None):
+    def forward(self, video, motion, t, text, rays, given, guidance=None, guidance_scale=1.0):
         """One joint estimate: (v_video, v_motion) (B,V,C,n,h,w) and scale (B,V,2) in metres.
 
         video (B,V,C,n,h,w): z_V,t, with the clean z_I in latent frame 0 where given; motion:
         z_Mpv,t; t (B,) flow time; text: of encode_text(); rays (B,V,6,H,W), Pluecker, any
         resolution; given (B,V) bool: views whose reference is shown, their first video tokens carry
         t = 0; guidance (B,V,2,C,n,h,w) or None: the references carried along the motion, for the
-        video tokens, and z~ of Alg. 1 line 3, for the motion tokens.
+        video tokens, and z~ of Alg. 1 line 3, for the motion tokens; guidance_scale: of Mend.
         """
         batch, views, _, frames, height, width = video.shape
         if height % self.patch or width % self.patch:
@@ -562,7 +567,7 @@ class MJD(nn.Module):
         visual = rearrange(x[:, :, layout.special:], "b v (m t) d -> m b v t d", m=2)
         clean = [self.unpatchify(head(y), layout) for head, y in zip(self.heads_out, visual)]
         clean[0] = clean[0] + reference      # untrained, it repeats the reference frame
-        clean = self.mend(torch.stack(clean, 2), guidance).unbind(2)
+        clean = self.mend(torch.stack(clean, 2), guidance, t, guidance_scale).unbind(2)
         scale = self.head_scale(x[:, :, :SCALE_TOKENS])[..., 0].float()       # (B, V, 2)
         return (self.velocity(video, clean[0], t), self.velocity(motion, clean[1], t),
                 self.scale_centre + self.scale_unit * scale)

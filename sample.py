@@ -70,6 +70,8 @@ def parse(arguments=None):
     add("--seed", type=int, default=0, help="of the noise")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     add("--text-scale", type=float, default=1.0, help="guidance on the text, 1 = off")
+    add("--loop-scale", type=float, default=1.0, help="trust in the loop's guidance, 1 = as "
+        "trained; more: sharper, less: nearer to the mean of what may happen")
     add("--temperature", type=float, default=0.3, help="of the noise: 0 = blur, 1 = as trained")
     add("--cycle-every", type=int, default=1, help="steps between rounds of the loop")
     add("--no-cycle", action="store_true", help="no loop: aligned tracks do not guide the video")
@@ -94,6 +96,7 @@ def parse(arguments=None):
             (settings.steps >= 1, "steps", "1 or more"),
             (0 <= settings.seed < 2 ** 63, "seed", "0 or more, under 2^63"),
             (0 <= settings.text_scale < math.inf, "text_scale", "0 or more"),
+            (0 <= settings.loop_scale < math.inf, "loop_scale", "0 or more"),
             (0 <= settings.temperature <= 2, "temperature", "0 to 2"),
             (settings.cycle_every >= 1, "cycle_every", "1 or more"),
             (1 <= settings.scenes <= 256, "scenes", "1 to 256"),
@@ -103,7 +106,8 @@ def parse(arguments=None):
             refuse(f"--{flag.replace('_', '-')}: expected {expected}, got "
                    f"{getattr(settings, flag)!r}")
     settings.sampling = {key: getattr(settings, key) for key in           # of cycle.sample()
-                         ("steps", "text_scale", "temperature", "cycle_every", "seed")}
+                         ("steps", "text_scale", "loop_scale", "temperature", "cycle_every",
+                          "seed")}
     return settings
 
 

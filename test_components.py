@@ -638,9 +638,10 @@ def test_every_condition_changes_the_estimate(models):
 
 def test_mend_starts_at_nothing_and_can_take_the_guidance_over():
     mend, (clean, guidance) = mjd.Mend(8), torch.randn(2, 1, 3, 2, 8, 2, 4, 6)
+    mend = functools.partial(mend, t=torch.tensor([0.5]))
     assert torch.equal(mend(clean, guidance), clean)
     with torch.no_grad():
-        mend.second.bias[16:] = 1.0                                       # trust it altogether
+        mend.func.second.bias[16:] = 1.0                                  # trust it altogether
     assert close(mend(clean, guidance), guidance) and torch.equal(mend(clean, None), clean)
 
 
@@ -814,8 +815,8 @@ def test_zero_rounds_of_the_loop_equal_the_plain_sampler(models, batch, closed):
                      for off in (dict(cycle=False), dict(use_dpa=False)))
     assert same((opened.latents, opened.motion), (plain.latents, plain.motion))
     assert not torch.equal(opened.tracks, plain.tracks)               # the DPA has aligned them
-    for switch in (dict(cycle=False), dict(seed=1), dict(text_scale=2.0), dict(cycle_every=2),
-                   dict(shift=1.0), dict(eta=0.5), dict(temperature=1.0)):
+    for switch in (dict(cycle=False), dict(seed=1), dict(text_scale=2.0), dict(loop_scale=3.0),
+                   dict(cycle_every=2), dict(shift=1.0), dict(eta=0.5), dict(temperature=1.0)):
         last = states(models, batch, **switch)[-1]
         assert not torch.equal(last.latents, closed[-1].latents), switch
         assert not torch.equal(last.tracks, closed[-1].tracks), switch
@@ -1208,7 +1209,7 @@ def test_every_flag_of_sample_does_something(shoot, trained, tmp_path, capsys):
     rig["views"][0]["extrinsics"][0][3] += 0.1
     (tmp_path / "rig.json").write_text(json.dumps(rig))
     for flags in ("--seed 1", "--steps 3", "--temperature 1", "--prompt cut", "--text-scale 3",
-                  "--no-dpa", "--no-cycle", "--ref REF REF", f"--cameras {tmp_path / 'rig.json'}"):
+                  "--loop-scale 9", "--no-dpa", "--no-cycle", "--ref REF REF", f"--cameras {tmp_path / 'rig.json'}"):
         assert not torch.equal(shoot(flags)[2].tracks, base.tracks), flags
 
 
@@ -1246,7 +1247,7 @@ BAD = dict(
         --out TRAINED --preset small""",
     sample=f"""--ref;--ref none.png;--ref FILE;--ref /tmp;--ref REF REF REF;--prompt=;--steps 0;
         --prompt {'x' * 99};--scenes 0;--seed -1;--text-scale nan;--cycle-every 0;--cameras FILE;
-        --temperature -1;--tables FILE;--tables none.json;--cameras none.json;--weights FILE;
+        --temperature -1;--loop-scale -1;--tables FILE;--tables none.json;--cameras none.json;--weights FILE;
         --weights none.pt;--weights= --preset huge;--device tpu;
         --bogus;--split none;--out FILE;--out /proc/no""")
 

@@ -765,7 +765,7 @@ class Case:
                                ([text[0]] * size["depth"], text[1]),
                                torch.randn(1, views, 6, height, width),
                                torch.ones(1, views, dtype=torch.bool))
-                mend = 9 * 2 * 16 * channels ** 2          # of Mend, a pixel of the latents
+                mend = 9 * 2 * (16 * channels ** 2 + 2 * channels)         # of Mend, a latent pixel
                 self.flops = size["depth"] * self.flops + mend * latents[:, :, 0].numel()
             else:
                 self.network = Block(dim, heads, hidden)
