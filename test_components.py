@@ -5,6 +5,7 @@ A test states what the paper or a docstring promises. Networks have the `tiny` p
 
 import ast
 import base64
+import collections
 import contextlib
 import copy
 import functools
@@ -795,6 +796,20 @@ def states(models, batch, steps=3, **switches):
 @pytest.fixture(scope="session")
 def closed(models, batch):
     return states(models, batch)
+
+
+def test_what_never_changes_while_sampling_is_done_once(models, batch, monkeypatch):
+    calls = collections.Counter()
+    for place, name in ((mjd.TextEncoder, "forward"), (mjd.CrossAttention, "read"),
+                        (mjd, "rotary_table"), (cycle, "camera_rays")):
+        def counted(*arguments, original=getattr(place, name), name=name):
+            calls.update([name])
+            return original(*arguments)
+        monkeypatch.setattr(place, name, counted)
+    mjd.kept_layout.cache_clear()
+    states(models, batch)
+    assert calls == {"forward": 1, "read": len(models.mjd.blocks), "camera_rays": 1,
+                     "rotary_table": 2}                          # of the text and of the views
 
 
 def test_sampling_yields_every_step_and_keeps_the_reference(models, batch, closed):
