@@ -416,7 +416,11 @@ class Layout:
         return tuple(table.repeat(views, 1) for table in self.place)
 
 
-kept_layout = functools.lru_cache(4)(Layout)       # the same at every step: made once
+@functools.lru_cache(4)
+def kept_layout(*arguments):
+    """The Layout of (n, h, w, head_dim, device): the same at every step, so it is made once."""
+    with torch.inference_mode(False):         # of which it would not serve a training afterwards
+        return Layout(*arguments)
 
 
 class Block(nn.Module):
@@ -481,7 +485,7 @@ class Mend(nn.Module):
 
     def forward(self, clean, guidance, t, scale=1.0):
         """clean (B,V,2,C,n,h,w), guidance the same or None, t (B,) -> better estimates, float32.
-        scale: goes so many times as far as it would, but not beyond the guidance for that."""
+        scale: the video goes so many times as far as it would, but not beyond the guidance."""
         shown = torch.zeros_like(clean) if guidance is None else guidance
         both = rearrange(torch.cat([clean, shown], 2), "b v m c n h w -> b v n (m c) h w")
         time = t.reshape(-1, *[1] * 5).expand(*both.shape[:3], 1, *both.shape[-2:])
@@ -489,7 +493,8 @@ class Mend(nn.Module):
         both = self.second(F.silu(self.first(both))).float()
         correction, trust = rearrange(both, "(b v n) (k m c) h w -> k b v m c n h w", k=2, m=2,
                                       b=clean.shape[0], v=clean.shape[1])
-        trust = torch.minimum(scale * trust, trust.clamp_min(1))
+        if scale != 1:
+            trust[:, :, 0] = torch.minimum(scale * trust[:, :, 0], trust[:, :, 0].clamp_min(1))
         towards = 0.0 if guidance is None else trust * (guidance - clean)
         return clean + towards + correction
 
