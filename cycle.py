@@ -249,10 +249,10 @@ def read_tracks(vae, motion, scale, cameras, num_tracks, anchors=None, previous=
 @dataclass
 class Coarse:
     """What the pseudo videos say: tracks (B,V,N,K,3) metres, anchors (B,V,K,2) pixels, valid
-    (B,V,N,K), scale (B,V,2) metres, pseudo (B,V,3,N,H,W) in [0,1]."""
-    tracks: torch.Tensor
+    (B,V,N,K), scale (B,V,2) metres, pseudo (B,V,3,N,H,W) in [0,1]. bend() has no tracks, valid."""
+    tracks: torch.Tensor | None
     anchors: torch.Tensor
-    valid: torch.Tensor
+    valid: torch.Tensor | None
     scale: torch.Tensor
     pseudo: torch.Tensor
 
@@ -268,21 +268,22 @@ def fill_references(tracks, anchors, reference, given, cameras):
 
     A view without one is made from the given view whose camera is nearest: each of its tracks
     (B,V,N,K,3) looks up, in frame 0, the nearest track of that view, and what reference (B,V,3,H,W)
-    shows around that one's anchor (B,V,K,2) is shown around its own; between anchors the shift is
-    blended. What the given view cannot see gets the colours of what is near it.
+    shows around that one's anchor (B,V,K,2) is shown around where the track starts here; in between
+    the shift is blended. What the given view cannot see gets the colours of what is near it.
     """
     (batch, views), (height, width) = given.shape, reference.shape[-2:]
     centres, row = camera_centres(cameras[1]), torch.arange(batch, device=given.device)[:, None]
     source = torch.cdist(centres, centres).masked_fill(~given[:, None], torch.inf).argmin(2)
     start, exact = tracks[:, :, 0], "donot_use_mm_for_euclid_dist"
+    here = project(fold(start), *map(fold, cameras))[0].unflatten(0, (batch, views))  # (B,V,K,2)
     nearest = torch.cdist(start, start[row, source], compute_mode=exact).argmin(3)    # (B, V, K)
     there = anchors[row, source].gather(2, repeat(nearest, "b v k -> b v k c", c=2))
     # Over half an anchor's spacing, if they cover 30 % of the picture; for every fourth pixel.
     sigma = 0.55 * (0.3 * height * width / anchors.shape[2]) ** 0.5
     pixels = pixel_centres((height, width), given.device)                     # (H, W, 2)
     coarse = rearrange(pixels[::2, ::2] + 0.5, "h w c -> 1 1 (h w) c").expand(batch, views, -1, -1)
-    share = torch.softmax(torch.cdist(coarse, anchors).square() / (-2 * sigma ** 2), -1)
-    offset = rearrange(share @ (there - anchors), "b v (h w) c -> (b v) c h w", h=height // 2)
+    share = torch.softmax(torch.cdist(coarse, here).square() / (-2 * sigma ** 2), -1)
+    offset = rearrange(share @ (there - here), "b v (h w) c -> (b v) c h w", h=height // 2)
     offset = F.interpolate(offset, scale_factor=2, mode="bilinear")           # (B*V, 2, H, W)
     places = pixels + rearrange(offset, "(b v) c h w -> b v h w c", b=batch)
     filled = look_up(reference[row, source], places / places.new_tensor([width, height]))
@@ -459,7 +460,7 @@ def bend(models, noisy):
     frame: on average by 1.3 cm in the first and 2.1 cm in the last, there by 0.5 to 4.2 cm in nine
     of ten samples: the DPA errs more. The pseudo videos are moved and sheared likewise, each by
     itself, by some pixels in the last frame; the colours stay. All that is for t = 1; the nearer to
-    t = 0, the less.
+    t = 0, the less, but for 3 mm of noise along each axis of a track.
     """
     points, generators = noisy.points, noisy.generators
     views, frames, count = points.shape[1:4]
@@ -473,11 +474,13 @@ def bend(models, noisy):
     each = draw(torch.randn, generators, views, 1, count, 3).to(points)
     points = points + F.pad(points, (0, 1), value=1.0) @ maps.mT + 0.03 * each
 
-    maps = strength * share * 0.08 * draw(torch.randn, generators, views, 1, 2, 3).to(points)
-    maps = (maps + torch.eye(2, 3, device=points.device)).flatten(0, 2)       # (B V N, 2, 3)
+    maps = 0.08 * strength * draw(torch.randn, generators, views, 1, 2, 3).to(points)
+    maps = (0.3 + 0.7 * share) * maps + torch.eye(2, 3, device=points.device)  # (B, V, N, 2, 3)
     pseudo = fold((decode(models.vae, noisy.motion, "motion") + 1) / 2).transpose(1, 2)
-    grid = F.affine_grid(maps, [len(maps), 3, *noisy.size], align_corners=False)
-    bent = F.grid_sample(pseudo.flatten(0, 1), grid, padding_mode="border", align_corners=False)
+    with torch.autocast(points.device.type, enabled=False):                   # bf16 is 0.2 px off
+        grid = F.affine_grid(maps.flatten(0, 2), [maps[..., 0, 0].numel(), 3, *noisy.size],
+                             align_corners=False)
+        bent = F.grid_sample(pseudo.flatten(0, 1), grid, padding_mode="border", align_corners=False)
     bent = rearrange(bent, "(b v n) c h w -> b v c n h w", v=views, n=frames)
     return points, Coarse(None, noisy.anchors, None, noisy.scale, bent)
 
@@ -561,8 +564,9 @@ def sample(models, reference, given, prompts, cameras, frames, steps=25, text_sc
 
     reference (B,V,3,H,W) in [-1,1], ignored where given (B,V) is False; prompts: B strings;
     cameras: intrinsics (B,V,3,3), extrinsics (B,V,4,4); text_scale: classifier-free guidance on
-    the text, 1 = off; loop_scale: how far to trust the loop's guidance, 1 = as trained, 0 = its
-    local path off (mjd.Mend); anchors (B,V,K,2) pixels to follow, or None to choose them;
+    the text, 1 = off; loop_scale: of the way that mjd.Mend takes the video to the carried
+    references, 1 = as trained; tokens and motion see the guidance all the same; anchors (B,V,K,2)
+    pixels to follow, or None to choose them;
     temperature: z_1 and M_1 are so many times smaller than in training. At 1 small networks turn
     all that they do not know into noise, each token its own; towards 0 into a blur, which is nearer
     to the truth.

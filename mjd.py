@@ -419,7 +419,7 @@ class Layout:
 @functools.lru_cache(4)
 def kept_layout(*arguments):
     """The Layout of (n, h, w, head_dim, device): the same at every step, so it is made once."""
-    with torch.inference_mode(False):         # of which it would not serve a training afterwards
+    with torch.inference_mode(False):         # an inference tensor could not serve training later
         return Layout(*arguments)
 
 
@@ -485,7 +485,7 @@ class Mend(nn.Module):
 
     def forward(self, clean, guidance, t, scale=1.0):
         """clean (B,V,2,C,n,h,w), guidance the same or None, t (B,) -> better estimates, float32.
-        scale: the video goes so many times as far as it would, but not beyond the guidance."""
+        scale: the video goes so many times as far towards the guidance, but not beyond for that."""
         shown = torch.zeros_like(clean) if guidance is None else guidance
         both = rearrange(torch.cat([clean, shown], 2), "b v m c n h w -> b v n (m c) h w")
         time = t.reshape(-1, *[1] * 5).expand(*both.shape[:3], 1, *both.shape[-2:])
@@ -493,8 +493,9 @@ class Mend(nn.Module):
         both = self.second(F.silu(self.first(both))).float()
         correction, trust = rearrange(both, "(b v n) (k m c) h w -> k b v m c n h w", k=2, m=2,
                                       b=clean.shape[0], v=clean.shape[1])
-        if scale != 1:
-            trust[:, :, 0] = torch.minimum(scale * trust[:, :, 0], trust[:, :, 0].clamp_min(1))
+        video, motion = trust.unbind(2)
+        video = torch.where(video > 0, torch.minimum(scale * video, video.clamp_min(1)), video)
+        trust = torch.stack([video, motion], 2)
         towards = 0.0 if guidance is None else trust * (guidance - clean)
         return clean + towards + correction
 
@@ -550,7 +551,7 @@ class MJD(nn.Module):
         z_Mpv,t; t (B,) flow time; text: of encode_text(); rays (B,V,6,H,W), Pluecker, any
         resolution; given (B,V) bool: views whose reference is shown, their first video tokens carry
         t = 0; guidance (B,V,2,C,n,h,w) or None: the references carried along the motion, for the
-        video tokens, and z~ of Alg. 1 line 3, for the motion tokens; guidance_scale: of Mend.
+        video tokens, and z~ of Alg. 1 line 3, for the motion tokens; guidance_scale: scale of Mend.
         """
         batch, views, _, frames, height, width = video.shape
         if height % self.patch or width % self.patch:

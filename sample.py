@@ -71,8 +71,8 @@ def parse(arguments=None):
     add("--seed", type=int, default=0, help="of the noise")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     add("--text-scale", type=float, default=1.0, help="guidance on the text, 1 = off")
-    add("--loop-scale", type=float, help=f"trust in the loop's guidance, by default {SHARP:g}: "
-        "sharp; 1, with --eval: as trained, nearer to the truth on average and so blurred")
+    add("--loop-scale", type=float, help="times as far towards the references that the loop "
+        f"carries along: {SHARP:g}, sharp; with --eval 1, as trained: right on average, blurred")
     add("--temperature", type=float, default=0.3, help="of the noise: 0 = blur, 1 = as trained")
     add("--cycle-every", type=int, default=1, help="steps between rounds of the loop")
     add("--no-cycle", action="store_true", help="no loop: aligned tracks do not guide the video")
@@ -584,7 +584,7 @@ def followed(models, state, scenes, settings):
 
 def all_runs(models, scenes, settings, centre):
     """A batch of scenes made in every way: videos and tracks, two dicts, name -> (B,V,...); pseudo
-    videos of the VAE's round trip and of the full loop, in [-1,1]. centre: number of that view."""
+    videos of the VAE's round trip in [-1,1]. centre: number of that view."""
     truth, points, vae = scenes["video"], scenes["tracks"], models.vae
     cameras = scenes["intrinsics"], scenes["extrinsics"]
     alone = {key: value.flatten(0, 1)[:, None] for key, value in scenes.items() if key != "prompt"}
@@ -607,7 +607,7 @@ def all_runs(models, scenes, settings, centre):
               "still": points[:, :, :1].expand_as(points), "codec": codec.tracks, "truth": points}
     videos |= {name: state.video() for name, state in ones.items()}
     tracks |= {name: followed(models, state, scenes, settings) for name, state in ones.items()}
-    return videos, tracks, 2 * codec.pseudo - 1, 2 * closed.coarse.pseudo - 1
+    return videos, tracks, 2 * codec.pseudo - 1
 
 
 def action_trials(models, settings, dataset, index):
@@ -632,17 +632,18 @@ def measure(models, settings, split):
     order = sorted(views, key=lambda view: view != len(views) // 2)        # the centre comes first
     dataset = SyntheticHOI(split, **shape)
     elsewhere = SyntheticHOI(split, cameras=nominal_rig(len(views), shape["size"], sides), **shape)
-    sharp = None                                           # the videos of samples.png
+    sharp = None                                           # for samples.png
     for first in range(0, settings.scenes, EVAL_BATCH):
         indices = range(first, min(first + EVAL_BATCH, settings.scenes))
         scenes, moved = dataset.batch(indices), elsewhere.batch(indices)
-        videos, tracks, codec_motion, motion = all_runs(models, scenes, settings, order[0])
+        videos, tracks, codec_motion = all_runs(models, scenes, settings, order[0])
         given = {n: run(models, scenes, settings, order[:n], cycle_every=3).video()
                  for n in views[2:]}                          # the loop now and then: for the time
         given |= {1: videos["one closed"], len(views): videos["closed"]}
         new = run(models, moved, settings, order[:1], cycle_every=3).video()
-        if sharp is None:
-            sharp = run(models, scenes, settings, loop_scale=SHARP).video()
+        if split == "val" and sharp is None:
+            state = run(models, scenes, settings, loop_scale=SHARP)
+            sharp, motion = state.video(), 2 * state.coarse.pseudo - 1
         for i, index in enumerate(indices):
             scene, other = ({k: value[i] for k, value in x.items()} for x in (scenes, moved))
             drawn = scene | {"video": scene["pseudo"]}
@@ -661,7 +662,7 @@ def measure(models, settings, split):
                 name = f"{sides[view % 3]} degrees"
                 found["cameras", name].append(picture_scores(new[i], other, [view]))
             found["trials", ""] += action_trials(models, settings, dataset, index)
-            if index < 3:
+            if split == "val" and index < 3:
                 middle, side, *_ = order
                 found["clips", ""].append((scene["prompt"], [
                     ("centre, truth", scene["video"][middle]), ("3 references", sharp[i, middle]),
@@ -823,7 +824,7 @@ def evaluate(models, settings):
         if settings.json and split == "val":
             samples_picture(found["clips", ""], settings.json.with_name("samples.png"))
         report[split] = tables(found) | dict(
-            scenes=settings.scenes, seed=settings.seed, steps=settings.steps,
+            scenes=settings.scenes, **settings.sampling,
             seconds=round(time.perf_counter() - start, 1))
         print_tables(split, report[split])
     if settings.json:

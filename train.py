@@ -95,8 +95,8 @@ class Settings:
     single_view: float = option(0.15, "share of joint steps with V = 1")
     scenes: int = option(-1, "distinct training scenes, 0 = no limit (each is new; slow on a CPU), "
                              "-1 = the preset's (small: 600 on a CPU)")
-    cache: str = option("", "folder that keeps rendered scenes or decoded TACO crops (by default "
-                            "OUT/scenes if there are so many and no more)")
+    cache: str = option("", "folder that keeps rendered scenes or decoded TACO crops; on a CPU by "
+                            "default OUT/scenes where --scenes limits them (2.3 MB each of small)")
     workers: int = option(1, "processes that prepare data (a GPU renders the world itself)")
     out: str = option("", "run folder, default runs/PRESET")
     resume: bool = option(False, "go on from checkpoint.pt of the run folder")
@@ -144,6 +144,8 @@ def parse(arguments=None):
         raise ValueError("--device cuda: expected a CUDA GPU, torch sees none: use --device cpu")
     if settings.data == "taco" and not (settings.data_root and settings.mano_dir):
         raise ValueError("--data taco: expected --data-root and --mano-dir: see README, TACO")
+    if settings.data == "taco" and settings.scenes >= 0:
+        raise ValueError("--scenes: expected with --data synthetic, got --data taco: leave it out")
     settings.out = settings.out or f"runs/{settings.preset}"
     return settings
 
@@ -172,16 +174,17 @@ class StepSampler(Sampler):
 
 def make_dataset(settings, recipe, split):
     """The data set of a run at its size."""
-    limit = recipe.get("scenes", 0) if split == "train" else 0
+    limit, device = recipe.get("scenes", 0) if split == "train" else 0, pick_device(settings)
+    keep = limit and device.type == "cpu"                     # a GPU renders them again
     shape = dict(size=recipe["size"], frames=recipe["frames"], views=recipe["views"],
                  tracks=recipe["tracks"], seed=settings.seed,
-                 cache=settings.cache or (f"{settings.out}/scenes" if limit else None))
+                 cache=settings.cache or (f"{settings.out}/scenes" if keep else None))
     if settings.data == "taco":
         return TACO(settings.data_root, settings.mano_dir, split,
                     split_file=settings.split_file or None, **shape)
     if limit:
         shape["length"] = limit
-    return SyntheticHOI(split, device=pick_device(settings), **shape)
+    return SyntheticHOI(split, device=device, **shape)
 
 
 class EncodedScenes(Dataset):
@@ -325,7 +328,7 @@ def shard(models, device, world):
     for network in (models.mjd, models.dpa):
         for block in network.blocks:
             fully_shard(block, mesh=mesh)
-            if network is models.mjd:
+            if network is models.mjd:     # for its text, a block is gathered once more
                 register_fsdp_forward_method(block, "read")
         fully_shard(network, mesh=mesh)
     register_fsdp_forward_method(models.mjd, "encode_text")
@@ -466,6 +469,8 @@ class Trainer:
         """One stage to its end, or to Ctrl-C or --minutes."""
         self.begin(stage)
         steps = self.settings.steps or self.recipe["steps"][stage]
+        if self.settings.minutes and not self.settings.steps:
+            steps = 10 ** 6                       # the minutes decide
         if self.step >= steps:
             return self.say(f"{stage}: already at step {self.step} of {steps}")
         dataset = make_dataset(self.settings, self.recipe, "train")
@@ -662,7 +667,8 @@ class Trainer:
         states = []
         for shown in (given, centre):
             *_, last = sample(models, truth[:, :, :, 0], shown, batch["prompt"], cameras,
-                              truth.shape[3], steps, num_tracks=anchors.shape[2], anchors=anchors,
+                              truth.shape[3], steps, num_tracks=anchors.shape[2],
+                              anchors=anchors if shown is given else None,    # which would tell
                               use_dpa=self.stage in ("dpa", "joint"))
             states.append(last)
         videos = [state.video() for state in states]
@@ -946,10 +952,10 @@ def prefers_fused(device, preset, recipe):
 def make_recipe(settings):
     """The preset's recipe with --size, --batch and --scenes in place."""
     recipe = dict(RECIPES[settings.preset])
-    if settings.scenes >= 0:
-        recipe["scenes"] = settings.scenes
-    elif settings.data != "synthetic" or pick_device(settings).type == "cuda":
+    if settings.data == "taco" or settings.scenes < 0 and pick_device(settings).type == "cuda":
         recipe["scenes"] = 0                  # TACO has its number, a GPU renders new ones
+    elif settings.scenes >= 0:
+        recipe["scenes"] = settings.scenes
     recipe.setdefault("scenes", 0)
     recipe["batch"] = settings.batch or recipe["batch"]
     if settings.size:
