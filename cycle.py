@@ -9,7 +9,8 @@
           |                 coarse tracks (B,V,N,K,3) metres --> [ DPA ]
           |                                                         |
           |                 VAE encode, Proj & Norm  <--- aligned tracks (B,V,N,K,3) metres
-          +--- (B,V,2,C,n,h,w), guidance of the *next* step: z~, and the references carried along
+          +--- (B,V,2,C,n,h,w), guidance of the *next* step: z~, and (beyond the paper) z_I of all
+               views carried along the decoded z_Mpv
 
 The first departure (measured; README has the others): Alg. 1 reads the coarse tracks from *noisy*
 latents; decoded, those are useless (6-23 cm). We read them from the clean estimate z_t - t v^, in
@@ -698,14 +699,16 @@ def lesson(steps=8):
                          views=config["views"], tracks=config["tracks"])[0]
     bf16 = bf16_is_faster(models.device)
     with torch.autocast(models.device.type, torch.bfloat16, enabled=bf16):
-        (on, videos_on), (off, videos_off) = (watch(models, scene, steps, cycle=loop)
-                                              for loop in (True, False))
+        (on, videos_on), (sharp, videos_sharp), (off, videos_off) = (
+            watch(models, scene, steps, **switches)
+            for switches in ({}, dict(loop_scale=3.0), dict(cycle=False)))
     print(f"{scene['prompt']}, {steps} steps, one reference; dB: of the moving pixels of the views "
           "that have none; the true anchors are told, so that tracks can be compared")
-    print("        moving pixels, dB   coarse tracks, cm   aligned tracks, cm")
-    print("   t      loop on     off     loop on     off     loop on      off")
-    for (t, *a), (_, *b) in zip(on, off):
-        print(f"  {t:4.2f}" + "".join(f"  {x:10.2f}{y:8.2f}" for x, y in zip(a, b)))
+    print("        moving pixels, dB          coarse tracks, cm   aligned tracks, cm")
+    print("   t      loop on (scale 3)     off     loop on     off     loop on     off")
+    for (t, *a), (_, sharper, *_), (_, *b) in zip(on, sharp, off):
+        cells = [f"  {x:10.2f}{y:8.2f}" for x, y in zip(a, b)]
+        print(f"  {t:4.2f}  {a[0]:10.2f}{sharper:10.2f}{b[0]:8.2f}" + "".join(cells[1:]))
     figure, (left, right) = plt.subplots(1, 2, figsize=(16, 5), layout="constrained",
                                          width_ratios=(1, 2.4))
     for rows, loop, style in ((on, "loop on", "-"), (off, "loop off", "--")):
@@ -715,12 +718,13 @@ def lesson(steps=8):
     left.set(xlabel="t (1 = noise)", ylabel="mean track error, cm", xlim=(1, on[-1][0]))
     left.legend()
     view, middle = 0, config["frames"] // 2
-    films = [scene["video"][view], videos_on[-1, view],
-             *(videos[:, view, :, middle].transpose(0, 1) for videos in (videos_on, videos_off))]
+    films = [scene["video"][view], videos_sharp[-1, view],
+             *(videos[:, view, :, middle].transpose(0, 1)
+               for videos in (videos_sharp, videos_on, videos_off))]
     right.imshow(torch.cat([film_strip(film, steps) for film in films]))
-    right.set_yticks((torch.arange(4) + 0.5) * config["size"][0], [
-        "truth, over time", "sample, over time", f"frame {middle} after\nevery step, loop on",
-        "loop off"])
+    right.set_yticks((torch.arange(5) + 0.5) * config["size"][0], [
+        "truth, over time", "loop scale 3,\nover time",
+        f"frame {middle} after\nevery step, scale 3", "loop on, scale 1", "loop off"])
     right.set(xticks=[], title="left view, which has no reference")
     Path("out").mkdir(exist_ok=True)
     figure.savefig("out/cycle.png", dpi=100)
