@@ -460,8 +460,8 @@ def bend(models, noisy):
     Points are shifted and sheared, all views together and each by itself, more towards the last
     frame: on average by 1.3 cm in the first and 2.1 cm in the last, there by 0.5 to 4.2 cm in nine
     of ten samples: the DPA errs more. The pseudo videos are moved and sheared likewise, each by
-    itself, by some pixels in the last frame; the colours stay. All that is for t = 1; the nearer to
-    t = 0, the less, but for 3 mm of noise along each axis of a track.
+    itself, by some pixels in the last frame and 0.3 of that in the first; the colours stay. All
+    that is for t = 1; the nearer to t = 0, the less, but for 3 mm of noise a track and axis.
     """
     points, generators = noisy.points, noisy.generators
     views, frames, count = points.shape[1:4]
@@ -567,10 +567,9 @@ def sample(models, reference, given, prompts, cameras, frames, steps=25, text_sc
     cameras: intrinsics (B,V,3,3), extrinsics (B,V,4,4); text_scale: classifier-free guidance on
     the text, 1 = off; loop_scale: of the way that mjd.Mend takes the video to the carried
     references, 1 = as trained; tokens and motion see the guidance all the same; anchors (B,V,K,2)
-    pixels to follow, or None to choose them;
-    temperature: z_1 and M_1 are so many times smaller than in training. At 1 small networks turn
-    all that they do not know into noise, each token its own; towards 0 into a blur, which is nearer
-    to the truth.
+    pixels to follow, or None to choose them; temperature: z_1 and M_1 are so many times smaller
+    than in training. At 1 small networks turn all that they do not know into noise, each token its
+    own; towards 0 into a blur, which is nearer to the truth.
     Every `cycle_every` steps (and at the last) the DPA aligns the coarse tracks of the clean
     estimate; drawn and encoded they guide the next MJD steps. cycle=False: the DPA aligns, but
     nothing is fed back. use_dpa=False: no DPA, and so no loop. The paper's sampling pseudo-code is

@@ -434,7 +434,8 @@ class Block(nn.Module):
         self.mlp = mlp(dim, hidden)
 
     def read(self, text):
-        """What forward() takes as keys_values, of text (B,L,D): (B,heads,L,head_dim) each."""
+        """What forward() takes as keys_values, of text (B,L,D): (B,heads,L,head_dim) each. Here and
+        not left to `cross`, since FSDP gathers the weights of whole blocks."""
         return self.cross.read(text)
 
     def forward(self, x, modulation, layout, keys_values, text_mask, fused):

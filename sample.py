@@ -38,8 +38,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from mpl_toolkits.mplot3d.art3d import Line3DCollection
 from torch.utils.data import default_collate
 
 from cycle import (align, bf16_is_faster, decode, encode, fold, load_models, read_tracks, sample,
@@ -327,8 +327,11 @@ def draw_tracks(axes, result, frame, azimuth, trail):
     middle, lines = np.median(paths, (0, 1)), np.linspace(-0.2, 0.2, 9)
     grid = np.array([[(x, -0.2), (x, 0.2)] for x in lines] + [[(-0.2, x), (0.2, x)] for x in lines])
     grid = np.pad(grid + middle[:2].round(2), ((0, 0), (0, 0), (0, 1)))
-    axes.add_collection3d(Line3DCollection(grid, colors="0.85", linewidths=0.6))
-    axes.add_collection3d(Line3DCollection(recent, colors=colours, linewidths=0.7, alpha=0.6))
+    for segments, style in ((grid, dict(colors="0.85", linewidths=0.6)),
+                            (recent, dict(colors=colours, linewidths=0.7, alpha=0.6))):
+        lines = LineCollection(segments[..., :2], **style)
+        axes.add_collection3d(lines)                                    # makes them 3D, at z = 0
+        lines.set_segments(segments)
     axes.scatter(*paths[:, frame].T, c=colours, s=7, depthshade=False, linewidths=0)
     for limits, centre in zip((axes.set_xlim, axes.set_ylim, axes.set_zlim), middle):
         limits(centre - 0.18, centre + 0.18)

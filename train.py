@@ -96,7 +96,7 @@ class Settings:
     scenes: int = option(-1, "distinct training scenes, 0 = no limit (each is new; slow on a CPU), "
                              "-1 = the preset's (small: 600 on a CPU)")
     cache: str = option("", "folder that keeps rendered scenes or decoded TACO crops; on a CPU by "
-                            "default OUT/scenes where --scenes limits them (2.3 MB each of small)")
+                            "default OUT/scenes where --scenes limits them (2.2 MB each of small)")
     workers: int = option(1, "processes that prepare data (a GPU renders the world itself)")
     out: str = option("", "run folder, default runs/PRESET")
     resume: bool = option(False, "go on from checkpoint.pt of the run folder")
