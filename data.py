@@ -39,6 +39,7 @@ from einops import rearrange, repeat
 
 FOREGROUND_BLUE = 0.3   # blue of the nearest point; the background's is 0, so they never meet
 FOREGROUND_THRESHOLD = 0.15  # half way: a decoded pixel with more blue than this is foreground
+NEAREST = 1e-3          # metres of depth: what is nearer, or behind the camera, is not drawn
 
 
 # ------------------------------------------------------------------------------------- geometry
@@ -130,27 +131,27 @@ def background_ramp(size, device=None):
     return F.pad(rearrange(ramp, "h w c -> c h w"), (0, 0, 0, 0, 0, 1))
 
 
-def tracks_to_pseudo_video(tracks, intrinsics, extrinsics, size, scale=None, valid=None):
+def tracks_to_pseudo_video(tracks, intrinsics, extrinsics, size, scale=None, anchors=None):
     """Proj & Norm: draw every track at its current pixel in the colour of its anchor.
 
     tracks (V,N,K,3) metres, world, slot k of all frames is one surface point; size (H,W) pixels;
-    scale (V,2) metres or None for the min and max of the tracks' depths; valid (V,N,K) bool or
-    None: slots to draw. Returns pseudo (V,3,N,H,W) in [0,1] and scale (V,2).
+    scale (V,2) metres or None for the min and max of the tracks' depths; anchors (V,K,2) pixels or
+    None where the first frame of tracks is frame 0. Returns pseudo (V,3,N,H,W) in [0,1], scale.
     A z-buffered splat, nearest wins. Points are small cones rather than flat discs: at equal depth
-    a pixel goes to the nearest point, so that dense tracks draw exact colours. Their radius,
-    somewhat over the spacing, comes off the silhouette again (a closing).
+    a pixel goes to the nearest point, so that dense tracks draw exact colours. Their radius is
+    somewhat over the spacing, which closes gaps; part of it comes off the silhouette again.
     """
     views, frames, count = tracks.shape[:3]
     if frames < 1 or count < 1:
         raise ValueError(f"expected tracks (V,N,K,3) with N, K >= 1, got {tuple(tracks.shape)}")
     uv, depth = project(tracks, intrinsics, extrinsics)                    # (V,N,K,2), (V,N,K)
-    valid = (depth > 1e-3) & (True if valid is None else valid)
     if scale is None:
-        scale = depth_range(depth, valid)
-    colours = anchor_colours(uv[:, :1].expand_as(uv), depth, scale[:, None, None], size)
-    # 1.6 spacings, if the points cover 30 % of the picture: the best latents of the radii tried.
-    radius = max(1.0, 1.6 * (0.3 * size[0] * size[1] / count) ** 0.5)
-    winner, found = splat(uv.flatten(0, 1), depth.flatten(0, 1), valid.flatten(0, 1), size, radius)
+        scale = depth_range(depth, depth > NEAREST)
+    anchors = uv[:, 0] if anchors is None else anchors
+    colours = anchor_colours(anchors[:, None], depth, scale[:, None, None], size)
+    # 1.6 spacings, if the points cover 30 % of the picture: README, "Tried and dropped", on discs.
+    radius = 1.6 * (0.3 * size[0] * size[1] / count) ** 0.5
+    winner, found = splat(uv.flatten(0, 1), depth.flatten(0, 1), size, radius)
     found = rearrange(found, "(v n) (h w) -> v 1 n h w", v=views, h=size[0])
     for _ in range(int(radius / 1.5)):
         found = erode(found)
@@ -166,32 +167,26 @@ def depth_range(depth, valid):
     return torch.nan_to_num(torch.stack([near, far], -1), posinf=0.0, neginf=1.0)
 
 
-def splat(uv, depth, valid, size, radius):
-    """z-buffer of points uv (F,K,2), depth (F,K), valid (F,K): winning slot (F,HW) and hit (F,HW).
+def splat(uv, depth, size, radius):
+    """z-buffer of points uv (F,K,2), depth (F,K): winning slot (F,HW) and hit (F,HW).
 
-    One scatter-min over 64-bit keys: depth in 0.1 mm (plus 2 mm for every pixel off the point) in
-    the high bits, the slot in the low ones.
+    A scatter-min of 64-bit keys: depth in 0.1 mm (plus 2 mm for every pixel off the point) in the
+    high bits, the slot in the low ones.
     """
-    height, width = size
-    reach = int(radius + 0.5)
-    steps = torch.arange(-reach, reach + 1, device=uv.device)                      # S of them
-    # Far out points are clamped before the cast to integers, outside the picture all the same.
-    pixel = uv.clamp(-1e4, 1e4).floor().long()[:, :, None] + steps[:, None]        # (F, K, S, 2)
-    gap = (pixel + 0.5 - uv[:, :, None]).square()
-    inside = (pixel >= 0) & (pixel < pixel.new_tensor([width, height]))
-
-    def grid(x, combine):                         # of the two axes: (F,K,S,2) -> (F,K,S,S)
-        return combine(x[..., None, :, 0], x[..., None, 1])
-    distance = grid(gap, torch.add).sqrt()
-    own = (steps[:, None] == 0) & (steps == 0)    # a point always draws the pixel it falls into
-    inside = grid(inside, torch.logical_and) & ((distance <= radius) | own)
-    inside &= valid[..., None, None]
-    key = ((depth[..., None, None] + 0.002 * distance).clamp(0, 1e4) * 1e4).long() << 24
-    key = key | torch.arange(uv.shape[1], device=uv.device)[None, :, None, None]
-    index = torch.where(inside, grid(pixel, lambda x, y: y * width + x), height * width)
-    nothing = torch.iinfo(torch.int64).max
+    (height, width), reach, nothing = size, int(radius + 0.5), torch.iinfo(torch.int64).max
     buffer = torch.full((len(uv), height * width + 1), nothing, device=uv.device)
-    buffer.scatter_reduce_(1, index.flatten(1), key.flatten(1), "amin")
+    slot, (u, v) = torch.arange(uv.shape[1], device=uv.device), uv.unbind(-1)
+    # Far out points are clamped before the cast to integers, outside the picture all the same.
+    column, row = uv.clamp(-1e4, 1e4).floor().long().unbind(-1)
+    for across, down in itertools.product(range(-reach, reach + 1), repeat=2):
+        x, y = column + across, row + down
+        distance = ((x + 0.5 - u).square() + (y + 0.5 - v).square()).sqrt()
+        drawn = (depth > NEAREST) & (x >= 0) & (x < width) & (y >= 0) & (y < height)
+        if across or down:                      # a point always draws the pixel it falls into
+            drawn &= distance <= radius
+        key = ((depth + 0.002 * distance).clamp(0, 1e4) * 1e4).long() << 24 | slot
+        index = torch.where(drawn, y * width + x, height * width)
+        buffer.scatter_reduce_(1, index, key, "amin")
     buffer = buffer[:, :-1]
     return torch.where(buffer == nothing, 0, buffer & 0xFFFFFF), buffer != nothing
 
@@ -235,7 +230,8 @@ def pseudo_video_to_tracks(pseudo, scale, intrinsics, extrinsics, num_tracks, an
 
     pseudo (V,3,N,H,W) in [0,1], exact or decoded; scale (V,2) metres; anchors (V,K,2) pixels or
     None to choose `num_tracks` of them on the foreground of frame 0. Returns tracks (V,N,K,3)
-    metres world, anchors (V,K,2), valid (V,N,K): the colour was found within `tolerance` pixels.
+    metres world, anchors (V,K,2), valid (V,N,K): the colour was found within `tolerance` pixels,
+    to which match_colours adds for the foreground's rim and the way from the frame before.
     Robust against a decoder's errors: colours are matched softly over a small window, near the
     pixel of the frame before, and half of the error that frame 0 shows is subtracted (there
     every colour is its own pixel, so the error is known; half is what measured best).
@@ -271,7 +267,7 @@ def match_colours(wanted, previous, colour, depth, cost, prior, window=3, sigma=
     match over the (2 window + 1)^2 pixels around it.
 
     wanted (V,K,2) and colour (V,H,W,2) in pixels, previous uv (V,K,2), depth (V,H,W) metres,
-    cost (V,H,W) in px^2 -> uv (V,K,2), depth (V,K), distance of the best colour (V,K) in pixels.
+    cost (V,H,W) in px^2 -> uv (V,K,2), depth (V,K), root of the least mismatch (V,K) in pixels.
     """
     views, height, width = depth.shape
     coarse = (slice(None), slice(1, None, 2), slice(1, None, 2))
@@ -288,15 +284,13 @@ def match_colours(wanted, previous, colour, depth, cost, prior, window=3, sigma=
     offsets = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1).flatten(0, 1)
     pixel = centre[:, :, None] + offsets                                           # (V,K,49,2)
     pixel = pixel.clamp_min(0).minimum(pixel.new_tensor([width - 1, height - 1]))
-    index = pixel[..., 1] * width + pixel[..., 0]
-    view = torch.arange(views, device=depth.device)[:, None, None]
-    gap = (colour.flatten(1, 2)[view, index] - wanted[:, :, None]).square().sum(-1)
-    mismatch = gap + cost.flatten(1)[view, index]
+    at = torch.arange(views, device=depth.device)[:, None, None], pixel[..., 1], pixel[..., 0]
+    mismatch = (colour[at] - wanted[:, :, None]).square().sum(-1) + cost[at]
     mismatch = mismatch + prior * (pixel + 0.5 - previous[:, :, None]).square().sum(-1)
     weight = torch.softmax(-mismatch / (2 * sigma ** 2), -1)                       # (V,K,49)
     uv = (weight[..., None] * (pixel + 0.5)).sum(-2)
     # Without any foreground the smallest mismatch is the background's cost: infinitely far.
-    return uv, (weight * depth.flatten(1)[view, index]).sum(-1), mismatch.amin(-1).sqrt()
+    return uv, (weight * depth[at]).sum(-1), mismatch.amin(-1).sqrt()
 
 
 def film_strip(video, frames=5):
@@ -310,10 +304,12 @@ def film_strip(video, frames=5):
 
 def cached(path, make):
     """The sample that `make()` gives, kept in a file: `video` (V,3,N,H,W) in bytes, `pseudo` in
-    16 bits. A file appears whole, written aside and then renamed: several workers may share it."""
+    16 bits. A file appears whole, written aside and then renamed: several workers may share it.
+    path None: nothing is kept."""
+    if path is None:
+        return make()
     try:
         sample = torch.load(path, weights_only=True)
-        sample["part"]                                        # which older files lack
     except Exception:                                         # none yet, or damaged: make it anew
         sample = make()
         sample |= dict(video=(127.5 * (sample["video"] + 1)).round().to(torch.uint8),
@@ -600,8 +596,9 @@ def hue(draw, low, high, grey=0.0):
             for shift in (0, 2.1, 4.2)]
 
 
-def object_paints(draw):
-    """Paints of the tool (2,13): handle, head; and the target (4,13): outside, inside, food, grip.
+def draw_paints(draw):
+    """Paints of the tool (2,13): handle, head; the target (4,13): outside, inside, food, grip; of
+    skin and sleeves (2,13); and of a table (1,13) of wood, striped cloth or stone.
 
     A row of paint: two colours, stripes along x y z and rings (rad/m), their warp, speckle, gloss.
     """
@@ -619,11 +616,6 @@ def object_paints(draw):
               [*food, *mixed(food, (.95, .9, .7), .6), draw(100, 260), draw(100, 260), 0,
                0, 2.5, .8, .4],
               [.08, .08, .09, .2, .17, .15, 150, 0, 150, 0, 1, .3, .2]]
-    return torch.tensor(tool), torch.tensor(target)
-
-
-def person_and_table_paints(draw):
-    """Paints of skin and sleeves (2,13) and of a table (1,13) of wood, striped cloth or stone."""
     tone = mixed((.90, .64, .50), (.42, .25, .17), draw(0, 1) ** 1.5)
     skin = [*tone, *mixed(tone, (.75, .28, .22), .3), 90, 70, 110, 0, 2.5, .5, .12]
     cloth = hue(draw, .2, .85, .2)
@@ -635,7 +627,7 @@ def person_and_table_paints(draw):
     angle, dark = draw(-.6, .6), mixed(colour, (.1, .07, .05), draw(.2, .45))
     x, y = waves * math.sin(angle), waves * math.cos(angle)
     table = [*colour, *dark, x, y, 0, 0, warp, speckle, .1]
-    return torch.tensor([skin, sleeve]), torch.tensor([table])
+    return [torch.tensor(rows) for rows in (tool, target, [skin, sleeve], [table])]
 
 
 def look(eye, aim, focal, size):
@@ -645,9 +637,12 @@ def look(eye, aim, focal, size):
     return torch.tensor([[focal, 0, size[1] / 2], [0, focal, size[0] / 2], [0, 0, 1]]), extrinsics
 
 
-def rig(draw, views, size, sides=(-40, 0, 40)):
-    """Static cameras opposite the person: left, centre, right, left, ... with jitter:
-    intrinsics (V,3,3) in pixels and extrinsics (V,4,4), world -> camera."""
+def camera_rig(views, size, sides=(-40, 0, 40), draw=lambda low, high: (low + high) / 2):
+    """Static cameras around the table: intrinsics (V,3,3), extrinsics (V,4,4), world -> camera.
+
+    size (H,W) pixels; view v stands at sides[v % len(sides)] degrees, 0 opposite the person.
+    draw(low, high): the jitter of the world's own scenes; without it all is at its middle.
+    """
     cameras = []
     for view in range(views):
         side = math.radians(sides[view % len(sides)] + draw(-9, 9))
@@ -656,15 +651,7 @@ def rig(draw, views, size, sides=(-40, 0, 40)):
         back = torch.tensor([math.sin(side) * math.cos(lift), -math.cos(side) * math.cos(lift),
                              math.sin(lift)])
         cameras.append(look(aim + distance * back, aim, size[0] * distance / height, size))
-    return [torch.stack(x) for x in zip(*cameras)]
-
-
-def nominal_rig(views, size, sides=(-40, 0, 40)):
-    """The world's cameras with all jitter at its middle: intrinsics (V,3,3), extrinsics (V,4,4).
-
-    size (H,W) pixels; view v stands at sides[v % len(sides)] degrees, 0 opposite the person.
-    """
-    return tuple(rig(lambda low, high: (low + high) / 2, views, size, sides))
+    return tuple(torch.stack(matrices) for matrices in zip(*cameras))
 
 
 def tool_poses(shift, turn, start, tip, heading, dive, pivot):
@@ -682,7 +669,7 @@ def lay_out(action, tool, target, draw, frames, views, size):
     """One scene: poses (N,P,3,3), places (N,P,3), scale, shape, paints (P,.), lamp, cameras."""
     radius, end, tip, tool_pieces = TOOLS[tool]
     contact, top, reach, (grip, axes, rod, closure), target_pieces = TARGETS[target]
-    (tool_paints, target_paints), (skin, table) = object_paints(draw), person_and_table_paints(draw)
+    tool_paints, target_paints, skin, table = draw_paints(draw)
     tool_size, target_size, hand_size = draw(.95, 1.1), draw(.92, 1.08), draw(.95, 1.08)
     base, gap = torch.tensor([draw(-.01, .03), draw(-.03, .01), 0.]), draw(.03, .04)
     up, s = torch.tensor([0., 0., 1.]), torch.linspace(0, 1, frames)
@@ -714,7 +701,7 @@ def lay_out(action, tool, target, draw, frames, views, size):
     lens, pose = look(lamp, torch.zeros(3), SHADOW_SIDE / .72 * lamp.norm().item(),
                       (SHADOW_SIDE, SHADOW_SIDE))
     scene |= dict(lamp=lamp, lamp_intrinsics=lens[None], lamp_extrinsics=pose[None])
-    return scene | dict(zip(("intrinsics", "extrinsics"), rig(draw, views, size)))
+    return scene | dict(zip(("intrinsics", "extrinsics"), camera_rig(views, size, draw=draw)))
 
 
 def meet_quadric(origin, direction, shape):
@@ -917,7 +904,7 @@ def motion_videos(scene, uv, depth, piece, size):
     pick = front.flatten().nonzero()[:, 0]
     hits = Hits(scene, uv, depth, piece, pick)
     cameras = (scene[key].flatten(0, 1)[hits.camera] for key in ("intrinsics", "extrinsics"))
-    anchors, _ = project(hits.at(torch.zeros_like(pick)), *cameras)
+    anchors, _ = project(hits.at(0), *cameras)
     canvas = background_ramp(size, piece.device).flatten(1).T.repeat(len(depth), 1)
     canvas[pick] = anchor_colours(anchors, hits.depth, scale[hits.camera], size)
     canvas = ((2 * canvas - 1) * 32767).round() / 32767         # 16 bits, as the cache keeps them
@@ -940,7 +927,7 @@ def surface_tracks(scene, uv, depth, piece, size, count):
     slot = order[torch.searchsorted(seen, rank.floor().long() + 1).clamp(max=len(order) - 1)]
     picture = torch.arange(0, len(piece), frames, device=piece.device)[:, None]
     hits = Hits(scene, uv, depth, piece, (picture * len(order) + slot).flatten())
-    points = torch.stack([hits.at(torch.full_like(hits.piece, n)) for n in range(frames)])
+    points = torch.stack([hits.at(n) for n in range(frames)])
     points = rearrange(points, "n (i k) c -> i n k c", k=count)
     cameras = scene["intrinsics"], scene["extrinsics"]
     uv, far = project(points, *(x.flatten(0, 1) for x in cameras))
@@ -949,21 +936,6 @@ def surface_tracks(scene, uv, depth, piece, size, count):
     visible &= nearest.view_as(far) > far - .003
     part = PART.to(piece.device)[hits.piece.clamp(max=TABLE_ROW - 1)].view(-1, views, count)
     return points.unflatten(0, (-1, views)), visible.unflatten(0, (-1, views)), part
-
-
-@torch.no_grad()
-def render(scene, size, tracks):
-    """The tensors of a sample dict (B,V,...) of a batch of scenes, the tables of lay_out()."""
-    cameras = {key: scene[key] for key in ("intrinsics", "extrinsics")}
-    uv = rearrange(pixel_centres(size, scene["lamp"].device), "h w xy -> xy 1 (h w) 1")
-    uv = uv + SAMPLES.to(uv)[:, None, None]
-    depth, piece = cast(scene, *cameras.values(), uv)
-    video = colour_videos(scene, uv, depth, piece, size)
-    centres = uv[..., :1], depth[..., :1], piece[..., :1]
-    pseudo, scale = motion_videos(scene, *centres, size)
-    points, visible, part = surface_tracks(scene, *centres, size, tracks)
-    return dict(video=video, pseudo=pseudo, scale=scale, tracks=points, visible=visible, part=part,
-                **cameras)
 
 
 class SyntheticHOI(torch.utils.data.Dataset):
@@ -983,22 +955,18 @@ class SyntheticHOI(torch.utils.data.Dataset):
                  device="cpu", length=None, cameras=None):
         if split not in self.SPLITS:
             raise ValueError(f"expected a split of {self.SPLITS}, got {split!r}; choose one")
-        if cameras is not None and len(cameras[0]) != views:
-            raise ValueError(f"expected cameras for {views} views, got {len(cameras[0])}; "
-                             f"set views={len(cameras[0])}")
-        self.split, self.size, self.frames, self.views = split, tuple(size), frames, views
-        self.tracks, self.seed, self.device, self.cameras = tracks, seed, device, cameras
+        self.split, self.size, self.frames, self.tracks = split, tuple(size), frames, tracks
+        self.views, self.seed, self.cameras = len(cameras[0]) if cameras else views, seed, cameras
         self.length = length or (1_000_000 if split == "train" else 256)
-        self.cache = Path(cache) if cache and cameras is None else None
+        self.cache = Path(cache) if cache and not cameras else None
+        self.device = "cpu" if self.cache else device
         self.triplets = [t for t in TRIPLETS if (t in UNSEEN) == (split == "unseen")]
 
     def __len__(self):
         return self.length
 
     def __getitem__(self, index):
-        if not 0 <= index < self.length:
-            raise IndexError(f"expected an index in 0..{self.length - 1}, got {index}")
-        return self.scene(index)
+        return self.scene(range(self.length)[index])           # an IndexError beyond the end
 
     @staticmethod
     def actions(tool, target):
@@ -1007,13 +975,10 @@ class SyntheticHOI(torch.utils.data.Dataset):
 
     def scene(self, index, action=None):
         """Sample `index`; with `action` the same layout and first frame under another action."""
-        def make(device=None):
-            return {key: value[0] for key, value in self.batch([index], action, device).items()}
-        if self.cache is None:
-            return make()
         name = [self.split, self.seed, index, *self.size, self.frames, self.views, self.tracks]
-        name += [action] if action else []
-        return cached(self.cache / ("-".join(map(str, name)) + ".pt"), lambda: make("cpu"))
+        name = "-".join(map(str, name + [action] * bool(action))) + ".pt"
+        return cached(self.cache and self.cache / name, lambda: {
+            key: value[0] for key, value in self.batch([index], action).items()})
 
     def describe(self, index, action=None):
         """Scene `index` before its rays are cast: the tables of lay_out() and the prompt."""
@@ -1034,13 +999,23 @@ class SyntheticHOI(torch.utils.data.Dataset):
             scene["intrinsics"], scene["extrinsics"] = self.cameras
         return scene, f"<{tool}, {action}, {target}>"
 
-    def batch(self, indices, action=None, device=None):
+    @torch.no_grad()
+    def batch(self, indices, action=None):
         """Samples stacked along a new first axis, rendered in one go; `prompt` is a list."""
         scenes, prompts = zip(*[self.describe(index, action) for index in indices])
-        tables = {key: torch.stack([scene[key] for scene in scenes]).to(device or self.device)
-                  for key in scenes[0]}
-        with torch.autocast(tables["lamp"].device.type, enabled=False):     # bf16 tears the shapes
-            return render(tables, self.size, self.tracks) | {"prompt": list(prompts)}
+        scene = {key: torch.stack([one[key] for one in scenes]).to(self.device)
+                 for key in scenes[0]}
+        cameras = {key: scene[key] for key in ("intrinsics", "extrinsics")}
+        uv = rearrange(pixel_centres(self.size, scene["lamp"].device), "h w xy -> xy 1 (h w) 1")
+        uv = uv + SAMPLES.to(uv)[:, None, None]
+        with torch.autocast(uv.device.type, enabled=False):                 # bf16 tears the shapes
+            depth, piece = cast(scene, *cameras.values(), uv)
+            video = colour_videos(scene, uv, depth, piece, self.size)
+            centres = uv[..., :1], depth[..., :1], piece[..., :1]
+            pseudo, scale = motion_videos(scene, *centres, self.size)
+            tracks, visible, part = surface_tracks(scene, *centres, self.size, self.tracks)
+        return dict(video=video, pseudo=pseudo, scale=scale, tracks=tracks, visible=visible,
+                    part=part, prompt=list(prompts), **cameras)
 
 
 # ----------------------------------------------------- TACO: pickles, nothing of which is executed
@@ -1140,32 +1115,26 @@ def read_hand(folder, side):
 @functools.lru_cache(maxsize=64)
 def load_obj(path):
     """vertices (P,3) in metres and triangles (F,3) of an .obj in centimetres."""
-    vertices, faces = [], []
-    for line in Path(path).read_text(errors="replace").splitlines():
-        kind, *fields = line.split() or [""]
-        if kind == "v":
-            vertices.append([float(field) / 100 for field in fields[:3]])
-        elif kind == "f":                                  # v, v/vt or v/vt/vn; polygons as fans
-            first, *others = [int(field.split("/")[0]) - 1 for field in fields]
-            faces += [[first, *pair] for pair in zip(others, others[1:])]
+    lines = [line.split() for line in Path(path).read_text(errors="replace").splitlines()]
+    vertices = [[float(field) / 100 for field in line[1:4]] for line in lines if line[:1] == ["v"]]
+    polygons = [[int(field.split("/")[0]) - 1 for field in line[1:]]       # of v, v/vt or v/vt/vn
+                for line in lines if line[:1] == ["f"]]
+    faces = [[first, *pair] for first, *others in polygons for pair in zip(others, others[1:])]
     if not faces or max(map(max, faces)) >= len(vertices):
         raise ValueError(f"{path}: expected faces and their vertices, got a damaged mesh")
     return torch.tensor(vertices), torch.tensor(faces)
 
 
 def pose_meshes(models, hands, objects, window):
-    """Hands, tool and target as one moving mesh: vertices (N,P,3) metres, world, faces (F,3), and
-    each vertex's part (P,): 0 right hand, 1 left hand, 2 tool, 3 target."""
+    """Hands, tool and target as one moving mesh: vertices (N,P,3) metres, world, faces (F,3)."""
     parts = [(mano_vertices(model, pose[window], shape, translation[window]), model["f"])
              for model, (pose, translation, shape) in zip(models, hands)]
     for vertices, faces, poses in objects:
         poses = torch.from_numpy(poses[window]).float()
         parts.append((vertices @ poses[:, :3, :3].mT + poses[:, None, :3, 3], faces))
     vertices, faces = zip(*parts)
-    sizes = torch.tensor([each.shape[1] for each in vertices])
-    faces = torch.cat([each + first for each, first in zip(faces, sizes.cumsum(0) - sizes)])
-    part = torch.tensor([1, 0, 2, 3]).repeat_interleave(sizes)
-    return torch.cat(vertices, 1), faces, part
+    first = itertools.accumulate([each.shape[1] for each in vertices], initial=0)
+    return torch.cat(vertices, 1), torch.cat([each + start for each, start in zip(faces, first)])
 
 
 def read_cameras(path):
@@ -1281,58 +1250,46 @@ def sample_surface(vertices, faces, density):
     return faces[chosen.clamp_max(len(faces) - 1)], weights.float()[..., None]
 
 
-def surface_visible(uv, depth, nearest, focal, fine):
-    """Which points uv (V,P,2), depth (V,P) are seen in the z-buffer nearest (V,h,w), (V,P) bool.
-
-    A point may lie as far behind the surface as two pixels are wide (focal (V,) pixels): faces
-    tilted up to 60 degrees pass. The centre of its block of fine x fine pixels, which is what the
-    pseudo video shows, must show about the same depth.
+def shown(tracks, anchors, pseudo, scale, intrinsics, extrinsics):
+    """Which tracks (V,N,K,3) metres with anchors (V,K,2) pixels a pseudo video (V,3,N,H,W) in [0,1]
+    with scale (V,2) metres shows, (V,N,K) bool: those whose own anchor stands at their pixel, at
+    their depth, give or take two pixels' width (faces tilted by 60 degrees pass).
     """
-    limit = torch.tensor(nearest.shape[:0:-1])
-    inside = ((uv >= 0) & (uv < limit)).all(-1) & (depth > 0)
-    pixel = torch.where(inside[..., None], uv, 0).long()
-    surface, shown = (nearest.flatten(1).gather(1, at[..., 1] * limit[0] + at[..., 0])
-                      for at in (pixel, pixel // fine * fine + fine // 2))
-    tolerance = 2 * depth / focal[:, None]
-    return inside & (depth - surface < tolerance) & ((depth - shown).abs() < fine * tolerance)
+    (views, _, frames, height, width), (near, far) = pseudo.shape, scale[:, None, None].unbind(-1)
+    uv, depth = project(tracks, intrinsics, extrinsics)                          # (V, N, K)
+    limit = uv.new_tensor([width, height])
+    inside = ((uv >= 0) & (uv < limit)).all(-1)
+    column, row = torch.where(inside[..., None], uv, 0).long().unbind(-1)
+    view, frame = torch.arange(views)[:, None, None], torch.arange(frames)[:, None]
+    colour = pseudo[view, :, frame, row, column]                                 # (V, N, K, 3)
+    surface = near + (far - near) * (colour[..., 2] - FOREGROUND_BLUE) / (1 - FOREGROUND_BLUE)
+    same = (colour[..., :2] * limit - anchors[:, None]).norm(dim=-1) < 3
+    return inside & same & ((depth - surface).abs() < 2 * depth / intrinsics[:, :1, :1])
 
 
-def render_meshes(vertices, faces, part, intrinsics, extrinsics, size, count, generator):
-    """Tracks and pseudo videos of moving meshes, from one z-buffer of their surface points.
+def draw_meshes(vertices, faces, intrinsics, extrinsics, size, count, generator):
+    """Tracks and pseudo videos of moving meshes, both from eight points a pixel of their surface.
 
-    vertices (N,P,3) metres, world, faces (F,3), part (P,) -> tracks (V,N,K,3), each visible in
-    frame 0, visible (V,N,K), their part (V,K), pseudo (V,3,N,H,W) in [0,1], scale (V,2) metres.
-    Eight points a pixel, each drawn in the one it falls into: no holes and no thickened outlines.
-    Small pictures are drawn three times finer and read at the pixels' centres, so that depths are
-    compared to a few millimetres, less than the thickness of a finger.
+    vertices (N,P,3) metres, world, faces (F,3) -> tracks (V,N,K,3), each visible in frame 0,
+    visible (V,N,K), pseudo (V,3,N,H,W) in [0,1], scale (V,2) metres.
     """
-    views, fine = len(intrinsics), 3 if size[0] < 100 else 1
-    lens = intrinsics * torch.tensor([fine, fine, 1.0])[:, None]
-    grid, focal = (fine * size[0], fine * size[1]), lens[:, 0, 0]
-    centre = (slice(None), slice(fine // 2, None, fine), slice(fine // 2, None, fine))
-    away = project(vertices[0].expand(views, -1, -1), lens, extrinsics)[1].mean(1)
-    corners, weights = sample_surface(vertices[0], faces, 8 * (focal / away).square().max())
-    view, anchors, frames = torch.arange(views)[:, None], None, []
-    for frame in vertices:                                       # one at a time bounds the memory
-        points = (frame[corners] * weights).sum(1).expand(views, -1, -1)         # (V, P, 3)
-        uv, depth = project(points, lens, extrinsics)
-        winner, hit = splat(uv, depth, depth > 0, grid, 0.4)
-        nearest = depth.gather(1, winner).masked_fill(~hit, torch.inf).unflatten(1, grid)
-        if anchors is None:
-            seen, anchors = surface_visible(uv, depth, nearest, focal, fine), uv / fine
-            if not seen.any(1).all():
-                raise ValueError("expected hands and objects in every picture, got an empty one")
-            slots = torch.multinomial(seen.float(), count, replacement=True, generator=generator)
-        seen = surface_visible(uv[view, slots], depth[view, slots], nearest, focal, fine)
-        anchor = anchors[view[..., None], winner.unflatten(1, grid)[centre]]     # (V, H, W, 2)
-        frames.append((points[view, slots], seen, nearest[centre], anchor))
-    tracks, visible, depth, anchors = (torch.stack(part, 1) for part in zip(*frames))
-    found = depth.isfinite()
-    scale = depth_range(depth, found)
-    pseudo = anchor_colours(anchors, depth, scale[:, None, None, None], size)
-    pseudo = rearrange(pseudo, "v n h w c -> v c n h w")
-    pseudo = pseudo.where(found[:, None], background_ramp(size)[None, :, None])
-    return tracks, visible, part[corners[slots, 0]], pseudo, scale
+    cameras, view = (intrinsics, extrinsics), torch.arange(len(intrinsics))[:, None]
+    depth = project(vertices.expand(len(view), -1, -1, -1), *cameras)[1]         # (V, N, P)
+    scale = depth_range(depth, depth > NEAREST)
+    density = 8 * (intrinsics[:, 0, 0] / depth[:, 0].mean(1)).square().max()
+    corners, weights = sample_surface(vertices[0], faces, density)
+    points = torch.stack([(frame[corners] * weights).sum(1) for frame in vertices])
+    points = points.expand(len(view), -1, -1, -1)                                # (V, N, P, 3)
+    anchors = project(points[:, 0], *cameras)[0]
+    pseudo = torch.cat([tracks_to_pseudo_video(points[:, n, None], *cameras, size, scale,
+                                               anchors)[0]
+                        for n in range(points.shape[1])], 2)     # one at a time bounds the memory
+    seen = shown(points[:, :1], anchors, pseudo[:, :, :1], scale, *cameras)[:, 0]
+    if not seen.any(1).all():
+        raise ValueError("expected hands and objects in every picture, got an empty one")
+    slots = torch.multinomial(seen.float(), count, replacement=True, generator=generator)
+    tracks = points[view, :, slots].transpose(1, 2)                              # (V, N, K, 3)
+    return tracks, shown(tracks, anchors[view, slots], pseudo, scale, *cameras), pseudo, scale
 
 
 # ------------------------------------------------------------------------- TACO: the data set
@@ -1340,7 +1297,7 @@ def render_meshes(vertices, faces, part, intrinsics, extrinsics, size, count, ge
 VIDEOS = ("Marker_Removed_Allocentric_RGB_Videos", "Allocentric_RGB_Videos")      # the best first
 FOLDERS = (*VIDEOS, "Allocentric_Camera_Parameters", "Hand_Poses", "Object_Poses")
 HELD_OUT = {"hammer", "measure"}       # tools and actions of "unseen", the paper's two examples
-CACHE_VERSION = 1                      # to be raised whenever `TACO.build` changes
+CACHE_VERSION = 2                      # to be raised whenever `TACO.build` changes
 FRAME_STEP = 30 / 8                    # source frames (30 a second) for one of ours (8 a second)
 
 
@@ -1365,9 +1322,8 @@ class TACO(torch.utils.data.Dataset):
         self.size, self.views, self.tracks, self.seed = tuple(size), views, tracks, seed
         self.steps = [round(number * FRAME_STEP) for number in range(frames)]
         self.cache, self.draws, self.report, self.broken = cache and Path(cache), draws, [], set()
-        lines = Path(split_file).read_text().splitlines() if split_file else []
-        self.listed = split_file and dict(line.strip().rsplit(",", 1)
-                                          for line in lines if "," in line)
+        self.listed = split_file and dict(line.rsplit(",", 1) for line in
+                                          Path(split_file).read_text().split())
         names = "test_1 test_2 test_3 test_4" if split_file else "val unseen"
         if split not in ["all", "train", *names.split()]:
             raise ValueError(f"expected split all, train or one of {names}, got {split!r}")
@@ -1386,9 +1342,7 @@ class TACO(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         """Sample `index`, or the next one where its sequence turns out to be unreadable."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"expected an index below {len(self)}, got {index}")
-        draw, first = divmod(index, len(self.sequences))
+        draw, first = divmod(range(len(self))[index], len(self.sequences))
         for sequence in self.sequences[first:] + self.sequences[:first]:
             name = sequence["name"]
             sample = name not in self.broken and self.attempt(name, self.load, sequence, draw)
@@ -1402,7 +1356,7 @@ class TACO(torch.utils.data.Dataset):
         try:
             return work(*arguments)
         except Exception as error:
-            self.note(f"{name}: skipped: {type(error).__name__}: {error}")
+            self.note(f"{name}: skipped: {type(error).__name__}: {' '.join(str(error).split())}")
 
     def note(self, line):
         """Prints a line and keeps it."""
@@ -1457,13 +1411,11 @@ class TACO(torch.utils.data.Dataset):
 
     def load(self, sequence, draw):
         """`build`, or what it gave before."""
-        if not self.cache:
-            return self.build(sequence, draw)
         files = [str(self.mano_dir), *(str(camera["video"]) for camera in sequence["cameras"])]
         key = stable_hash(CACHE_VERSION, files, self.size, self.steps, self.views, self.tracks,
                           self.seed, draw, self.split == "train")
-        path = self.cache / f"{Path(sequence['name']).name}_{key:012x}.pt"
-        return cached(path, lambda: self.build(sequence, draw))
+        path = f"{Path(sequence['name']).name}_{key:012x}.pt"
+        return cached(self.cache and self.cache / path, lambda: self.build(sequence, draw))
 
     def build(self, sequence, draw):
         """One sample but for its prompt, read from the sequence's files."""
@@ -1496,14 +1448,14 @@ class TACO(torch.utils.data.Dataset):
         video = [decode_window(camera["video"], window, box, camera["picture"], self.size)
                  for camera, box in zip(cameras, boxes)]
         intrinsics = torch.stack(crops) @ source
-        tracks, visible, part, pseudo, scale = render_meshes(
-            *mesh, intrinsics, extrinsics, self.size, self.tracks, generator)
+        tracks, visible, pseudo, scale = draw_meshes(*mesh, intrinsics, extrinsics, self.size,
+                                                     self.tracks, generator)
         picture = torch.tensor([camera["picture"] for camera in cameras])[:, None, None]
         uv = project(tracks, source, extrinsics)[0]             # the camera saw no more than this:
         visible &= ((uv >= 0) & (uv < picture)).all(-1)
         pseudo = (32767 * (2 * pseudo - 1)).round() / 32767     # 16 bits, as the cache keeps them
         return dict(video=torch.stack(video) / 127.5 - 1, pseudo=pseudo, scale=scale, tracks=tracks,
-                    visible=visible, part=part, intrinsics=intrinsics, extrinsics=extrinsics)
+                    visible=visible, intrinsics=intrinsics, extrinsics=extrinsics)
 
 
 def taco_contact_sheet(dataset, path, columns=5):

@@ -45,7 +45,7 @@ from torch.utils.data import default_collate
 from cycle import (align, bf16_is_faster, decode, encode, fold, load_models, read_tracks, sample,
                    true_anchors)
 from data import (FOREGROUND_THRESHOLD, SyntheticHOI, anchor_colours, camera_centres, film_strip,
-                  nominal_rig, project, unproject)
+                  camera_rig, project, unproject)
 from dpa import chamfer_distance
 
 FPS, WEIGHTS, ASSETS = 8, Path(__file__).parent / "weights", Path(__file__).parent / "assets"
@@ -127,7 +127,7 @@ def load(settings):
         config = models.config
         if min(config["frames"], config["views"], config["tracks"], *config["size"]) < 1:
             raise TypeError("a size is under 1")
-        nominal_rig(config["views"], config["size"]), range(config["tracks"])
+        camera_rig(config["views"], config["size"]), range(config["tracks"])
         models.vae.latent_size(config["frames"], *config["size"])
     except UNREADABLE as error:
         raise ValueError(f"expected a checkpoint of train.py in {path}, but its settings make no "
@@ -181,7 +181,7 @@ def fit(pixels, size):
 
 def rig_as_json(config):
     """The default rig in the format of --cameras: size, and name and matrices of every view."""
-    intrinsics, extrinsics = nominal_rig(config["views"], config["size"])
+    intrinsics, extrinsics = camera_rig(config["views"], config["size"])
     views = [dict(name=VIEW_NAMES[view % 3], intrinsics=intrinsics[view].tolist(),
                   extrinsics=extrinsics[view].tolist()) for view in range(config["views"])]
     return json.dumps(dict(size=list(config["size"]), views=views), indent=1)
@@ -634,7 +634,7 @@ def measure(models, settings, split):
     found, sides, views = defaultdict(list), (-20, 0, 60), list(range(shape["views"]))
     order = sorted(views, key=lambda view: view != len(views) // 2)        # the centre comes first
     dataset = SyntheticHOI(split, **shape)
-    elsewhere = SyntheticHOI(split, cameras=nominal_rig(len(views), shape["size"], sides), **shape)
+    elsewhere = SyntheticHOI(split, cameras=camera_rig(len(views), shape["size"], sides), **shape)
     sharp = None                                           # for samples.png
     for first in range(0, settings.scenes, EVAL_BATCH):
         indices = range(first, min(first + EVAL_BATCH, settings.scenes))

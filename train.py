@@ -84,6 +84,8 @@ class Settings:
     data_root: str = option("", "folder of the TACO data set")
     mano_dir: str = option("", "folder of MANO_LEFT.pkl and MANO_RIGHT.pkl (yours, by licence)")
     split_file: str = option("", "TACO's own split file, lines of `sequence,split`")
+    draws: int = option(4, "samples of a TACO training sequence, each with its own cameras and "
+                           "start (--cache keeps each)")
     size: str = option("", "picture size HxW, default the preset's (for progressive resolution)")
     steps: int = option(0, "steps of the stage, 0 = the preset's")
     batch: int = option(0, "scenes a step, 0 = the preset's")
@@ -134,7 +136,7 @@ def parse(arguments=None):
     for names, expected, least, most in (
             ("steps batch rate minutes workers sample_every", "0 or more", 0, math.inf),
             ("scenes", "-1 or more", -1, math.inf),
-            ("log_every save_every", "1 or more", 1, math.inf),
+            ("log_every save_every draws", "1 or more", 1, math.inf),
             ("guidance_dropout true_tracks single_view", "a share in [0, 1]", 0, 1)):
         for name in names.split():
             value = getattr(settings, name)
@@ -181,7 +183,8 @@ def make_dataset(settings, recipe, split):
                  cache=settings.cache or (f"{settings.out}/scenes" if keep else None))
     if settings.data == "taco":
         return TACO(settings.data_root, settings.mano_dir, split,
-                    split_file=settings.split_file or None, **shape)
+                    split_file=settings.split_file or None,
+                    draws=settings.draws if split == "train" else 1, **shape)
     if limit:
         shape["length"] = limit
     return SyntheticHOI(split, device=device, **shape)
@@ -637,8 +640,10 @@ class Trainer:
             network.load_state_dict(state[name])
             network.eval()
         if self.held_out is None:
-            split = "val" if self.settings.data == "synthetic" else "all"
+            split = "test_1" if self.settings.split_file else "val"
             dataset = make_dataset(self.settings, self.recipe, split)
+            if not len(dataset):              # a small part of TACO may have none held out
+                dataset = make_dataset(self.settings, self.recipe, "all")
             self.held_out = default_collate([dataset[i] for i in range(min(scenes, len(dataset)))])
         batch = to_device(self.held_out, self.device)
         truth = batch["video"]
@@ -881,8 +886,8 @@ def time_models(device, preset, dtype):
     """{part: seconds} of everything around the MJD: VAE, DPA, world, a whole sampling step."""
     recipe, config = RECIPES[preset], make_config(preset, RECIPES[preset])
     models = build_models(config).to(device)
-    dataset = make_dataset(Settings(), recipe, "val")
-    batch = dataset.batch([0], device=device)
+    dataset = make_dataset(Settings(device=device.type), recipe, "val")
+    batch = dataset.batch([0])
     cameras, anchors = (batch["intrinsics"], batch["extrinsics"]), true_anchors(batch)
     given = torch.ones(1, recipe["views"], dtype=torch.bool, device=device)
     now = torch.full((1,), 0.5, device=device)
@@ -896,7 +901,7 @@ def time_models(device, preset, dtype):
         coarse = read_tracks(models.vae, latents, batch["scale"], cameras, recipe["tracks"],
                              anchors)
         points = torch.randn_like(batch["tracks"])
-        found = {"world, one scene": lambda: dataset.batch([1], device=device),
+        found = {"world, one scene": lambda: dataset.batch([1]),
                  "VAE encode, all views": lambda: encode(models.vae, batch["video"], "video"),
                  "VAE decode, all views": lambda: decode(models.vae, latents, "video"),
                  "DPA": lambda: align(models.dpa, points, coarse, now, cameras, recipe["size"]),
