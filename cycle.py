@@ -21,7 +21,7 @@ Run `python cycle.py` to watch tracks and picture improve step by step, loop on 
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,10 +29,11 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
+from torch import nn
 
-from data import (FOREGROUND_THRESHOLD, SyntheticHOI, background_ramp, camera_centres,
-                  choose_anchors, film_strip, full_precision, pixel_centres, plucker_rays, project,
-                  pseudo_video_to_tracks, tracks_to_pseudo_video)
+from data import (FOREGROUND_THRESHOLD, SyntheticHOI, background_ramp, camera_centres, film_strip,
+                  full_precision, pixel_centres, plucker_rays, project, pseudo_video_to_tracks,
+                  tracks_to_pseudo_video)
 from dpa import DPA, chamfer_distance
 from mjd import MJD, VideoVAE
 
@@ -105,21 +106,21 @@ class DDIMScheduler:
         return [self.shifted(1 - i / steps) for i in range(steps + 1)]
 
 
+FLOW = DDIMScheduler("flow")   # what both networks are made for: see MJD.velocity, gaussian_prior
+
+
 # --------------------------------------------------------------------------------------- models
 
-@dataclass
-class Models:
-    """The three networks and the settings they were made with (plain numbers and strings)."""
-    vae: VideoVAE
-    mjd: MJD
-    dpa: DPA
-    config: dict = field(default_factory=dict)
+class Models(nn.Module):
+    """The three networks, fresh, and the settings they are made with (numbers and strings):
+    config = {"vae": ..., "mjd": ..., "dpa": ...}, keyword dicts, and more."""
 
-    def to(self, device):
-        """Moves all three; returns self."""
-        for module in (self.vae, self.mjd, self.dpa):
-            module.to(device)
-        return self
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.vae = VideoVAE(**config["vae"])
+        self.mjd = MJD(self.vae.channels, **config["mjd"])
+        self.dpa = DPA(**config["dpa"])
 
     @property
     def device(self):
@@ -129,14 +130,7 @@ class Models:
     @property
     def networks(self):
         """The three by name, as a checkpoint has them."""
-        return {"vae": self.vae, "mjd": self.mjd, "dpa": self.dpa}
-
-
-def build_models(config):
-    """Fresh networks of config: {"vae": ..., "mjd": ..., "dpa": ...} keyword dicts, and more."""
-    channels = config["vae"]["channels"]
-    return Models(VideoVAE(**config["vae"]), MJD(channels=channels, **config["mjd"]),
-                  DPA(**config["dpa"]), config)
+        return dict(self.named_children())
 
 
 def load_models(path, device="cpu"):
@@ -147,23 +141,14 @@ def load_models(path, device="cpu"):
                          f"`python train.py --stage all --out {path.parent}`")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:      # torch's restricted reader raises nearly anything when damaged
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0][:120]
-        raise ValueError(f"expected a checkpoint of train.py in {path}, but it is damaged or holds "
-                         f"more than tensors ({reason}): train or copy it again") from None
-    if not isinstance(checkpoint, dict) or not {"config", "vae", "mjd", "dpa"} <= set(checkpoint):
-        raise ValueError(f"expected a checkpoint of train.py in {path}, got something without the "
-                         f"keys config, vae, mjd, dpa: pass the file that train.py wrote")
-    models = build_models(checkpoint["config"])
-    for name, network in models.networks.items():
-        try:
+        models = Models(checkpoint["config"])
+        for name, network in models.networks.items():
             network.load_state_dict({k: v.float() for k, v in checkpoint[name].items()})
-        except RuntimeError as error:
-            reason = str(error).split("\n")[1].strip()[:160]
-            raise ValueError(f"the weights of {name} in {path} do not fit its own settings "
-                             f"({reason}): the file is of another version, train again") from None
-        network.eval().requires_grad_(False)
-    return models.to(device)
+    except Exception as error:      # of a damaged file torch's reader raises nearly anything
+        raise ValueError(f"expected a checkpoint of train.py in {path}, but it is damaged, of "
+                         f"another version or holds more than tensors ({error!r:.160}): train or "
+                         "copy it again") from None
+    return models.eval().requires_grad_(False).to(device)
 
 
 def moving_psnr(video, truth, threshold=0.1):
@@ -174,18 +159,26 @@ def moving_psnr(video, truth, threshold=0.1):
     return -10 * torch.log10(error.clamp_min(1e-10)).item()
 
 
+def seconds_of(function, device, least=0.5):
+    """Best time of one call in seconds, of calls over `least` seconds after one to warm up."""
+    times = []
+    while sum(times[1:]) < least:
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
 def bf16_is_faster(device):
     """Measured, not hoped: a matrix product in bf16 against fp32. A CPU without bf16 units is 50
     times slower in bf16, so there the product is small and all this takes 0.2 s."""
-    best, side = {}, 256 if torch.device(device).type == "cpu" else 4096
-    for dtype in (torch.float32, torch.bfloat16):
-        a, seconds = torch.randn(side, side, device=device, dtype=dtype), []
-        for _ in range(6):                    # the first one warms up, the best one counts
-            start = time.perf_counter()
-            (a @ a).sum().item()
-            seconds.append(time.perf_counter() - start)
-        best[dtype] = min(seconds[1:])
-    return best[torch.bfloat16] < 0.8 * best[torch.float32]
+    side = 256 if device.type == "cpu" else 4096
+    half, single = (torch.randn(side, side, device=device, dtype=dtype)
+                    for dtype in (torch.bfloat16, torch.float32))
+    return (seconds_of(lambda: half @ half, device, 0.05)
+            < 0.8 * seconds_of(lambda: single @ single, device, 0.05))
 
 
 # ----------------------------------------------------------------- between latents and tracks
@@ -202,22 +195,19 @@ def true_anchors(batch):
     return uv.unflatten(0, starts.shape[:2])
 
 
-def encode(vae, video, modality):
-    """(B,V,3,N,H,W) in [-1,1] -> latents (B,V,C,n,h,w)."""
-    return vae.encode(fold(video), modality).unflatten(0, video.shape[:2])
+def views_to_batch(batch):
+    """(B,V,...) -> (B*V,1,...): every view of a collated sample dict is a sample of its own."""
+    views = batch["tracks"].shape[1]
+    single = {key: fold(value)[:, None] for key, value in batch.items() if key != "prompt"}
+    return single | {"prompt": [prompt for prompt in batch["prompt"] for _ in range(views)]}
 
 
 def encode_sample(vae, batch):
     """`latents_video`, `latents_motion` (B,V,C,n,h,w) and `reference`, the first frames
     (B,V,3,H,W) in [-1,1], of a collated sample dict, as a dict."""
-    return {"latents_video": encode(vae, batch["video"], "video"),
-            "latents_motion": encode(vae, batch["pseudo"], "motion"),
+    return {"latents_video": vae.encode(batch["video"], "video"),
+            "latents_motion": vae.encode(batch["pseudo"], "motion"),
             "reference": batch["video"][:, :, :, 0].contiguous()}
-
-
-def decode(vae, latents, modality):
-    """Latents (B,V,C,n,h,w) -> video (B,V,3,N,H,W), clamped to [-1,1]."""
-    return vae.decode(fold(latents), modality).clamp(-1, 1).unflatten(0, latents.shape[:2])
 
 
 def insert_reference(latents, reference, given):
@@ -226,36 +216,31 @@ def insert_reference(latents, reference, given):
     return torch.cat([first, latents[:, :, :, 1:]], 3)
 
 
-def read_tracks(vae, motion, scale, cameras, num_tracks, anchors=None, previous=None):
+def read_tracks(vae, motion, scale, cameras, anchors=None, num_tracks=None, previous=None):
     """Denorm&Dec: clean motion latents (B,V,C,n,h,w) and scale (B,V,2) -> a Coarse.
 
     cameras: (intrinsics (B,V,3,3), extrinsics (B,V,4,4)). anchors (B,V,K,2) pixels are kept if
-    given; otherwise they are chosen on the decoded frame 0, keeping the slots of `previous`.
+    given; otherwise num_tracks are chosen on the decoded frame 0, keeping slots of `previous`.
     """
-    shape = motion.shape[:2]
-    pseudo = (fold(decode(vae, motion, "motion")) + 1) / 2                    # (B*V,3,N,H,W)
-    if anchors is None:
-        foreground = pseudo[:, 2, 0] > FOREGROUND_THRESHOLD
-        previous = previous if previous is None else fold(previous)
-        anchors = choose_anchors(foreground, num_tracks, previous).unflatten(0, shape)
+    pseudo = (vae.decode(motion, "motion") + 1) / 2                          # (B,V,3,N,H,W)
     # Early in training a scale can be anything: keep it an interval in front of the camera.
     near = scale[..., 0].clamp_min(0.05)
     scale = torch.stack([near, torch.maximum(scale[..., 1], near + 0.01)], -1)
-    tracks, _, valid = pseudo_video_to_tracks(pseudo, fold(scale), *map(fold, cameras), num_tracks,
-                                              fold(anchors))
-    return Coarse(tracks.unflatten(0, shape), anchors, valid.unflatten(0, shape), scale,
-                  pseudo.unflatten(0, shape))
+    anchors, previous = (x if x is None else fold(x) for x in (anchors, previous))
+    found = pseudo_video_to_tracks(fold(pseudo), fold(scale), *map(fold, cameras), num_tracks,
+                                   anchors, previous=previous)
+    tracks, anchors, valid = (x.unflatten(0, motion.shape[:2]) for x in found)
+    return Coarse(anchors, scale, pseudo, tracks, valid)
 
 
 @dataclass
 class Coarse:
-    """What the pseudo videos say: tracks (B,V,N,K,3) metres, anchors (B,V,K,2) pixels, valid
-    (B,V,N,K), scale (B,V,2) metres, pseudo (B,V,3,N,H,W) in [0,1]. bend() has no tracks, valid."""
-    tracks: torch.Tensor | None
-    anchors: torch.Tensor
-    valid: torch.Tensor | None
-    scale: torch.Tensor
-    pseudo: torch.Tensor
+    """What the pseudo videos say; bend() has no tracks and valid."""
+    anchors: torch.Tensor               # (B,V,K,2) pixels
+    scale: torch.Tensor                 # (B,V,2) metres
+    pseudo: torch.Tensor                # (B,V,3,N,H,W) in [0,1]
+    tracks: torch.Tensor | None = None  # (B,V,N,K,3) metres
+    valid: torch.Tensor | None = None   # (B,V,N,K) bool
 
 
 def camera_rays(cameras, size):
@@ -310,16 +295,16 @@ def carry(references, pseudo):
     return videos.masked_fill(foreground[:, :, :, :1] & ~foreground, 0.0)
 
 
+@torch.no_grad()
 def draw_guidance(vae, tracks, coarse, cameras, reference, given):
     """Guidance (B,V,2,C,n,h,w) of the MJD: [1] z~ = E(ProjNorm(M~)) of Alg. 1 line 3, for the
     motion tokens; [0] the references carried along the motion, for the video tokens.
 
-    Tracks (B,V,N,K,3) are one set of world points: the tracks of *all* views are drawn in each, so
-    z~ is V times denser than a view's own tracks and carries what the others saw. [0] is beyond
-    the paper: z~ says where things are, but not how they look, and through tokens of 16 pixels a
-    small network copies badly. The tracks say how a view without a reference looks in frame 0, and
-    the pseudo videos that they were read from, being dense, say where it goes. coarse: a Coarse of
-    which anchors, scale and pseudo are used; reference (B,V,3,H,W) in [-1,1]; given (B,V).
+    Tracks (B,V,N,K,3) are one set of world points: those of *all* views are drawn in each, so z~ is
+    V times denser and carries what the others saw. [0] is beyond the paper: z~ says where things
+    are, but not how they look. The tracks say how a view without a reference looks in frame 0, the
+    pseudo videos, being dense, where that goes. coarse: a Coarse of which anchors, scale and pseudo
+    are used; reference (B,V,3,H,W) in [-1,1]; given (B,V).
     """
     batch, views = tracks.shape[:2]
     everything = repeat(tracks, "b u n k c -> (b v) n (u k) c", v=views)
@@ -327,15 +312,15 @@ def draw_guidance(vae, tracks, coarse, cameras, reference, given):
                                        fold(coarse.scale))
     filled = fill_references(tracks, coarse.anchors, reference, given, cameras)
     return torch.stack([
-        encode(vae, carry(filled, coarse.pseudo), "video"),
-        encode(vae, 2 * pseudo.unflatten(0, (batch, views)) - 1, "motion")], 2)
+        vae.encode(carry(filled, coarse.pseudo), "video"),
+        vae.encode(2 * pseudo.unflatten(0, (batch, views)) - 1, "motion")], 2)
 
 
-def align(dpa, noisy, coarse, t, cameras, size):
+def align(dpa, noisy, coarse, t, cameras):
     """One DPA estimate: velocity of `noisy` (B,V,N,K,3), normalised (Sec. 3.4, Eq. 4)."""
-    width_height = coarse.anchors.new_tensor([size[1], size[0]])
-    return dpa(noisy, coarse.tracks, t, valid=coarse.valid, anchors=coarse.anchors / width_height,
-               camera_centres=camera_centres(cameras[1]))
+    height, width = coarse.pseudo.shape[-2:]
+    anchors = coarse.anchors / coarse.anchors.new_tensor([width, height])
+    return dpa(noisy, coarse.tracks, t, coarse.valid, anchors, camera_centres(cameras[1]))
 
 
 # --------------------------------------------------------------------------- training (Alg. 1)
@@ -349,83 +334,69 @@ def draw(function, generators, *shape):
     return torch.stack([function(shape, generator=generator) for generator in generators])
 
 
-def draw_given(views, generators):
-    """Which references are shown, (B,V) bool: of each sample 1..V views, each number as often. So
-    one image is enough at sampling; with V = 1 it is always shown."""
-    order = draw(torch.rand, generators, views).argsort(1).argsort(1)
-    return order < draw(partial(torch.randint, 1, 1 + views), generators, 1)
-
-
-def joint_losses(models, batch, scheduler, use_guidance=True, use_dpa=True, text_dropout=0.1,
-                 generators=None, true_tracks=False):
+def joint_losses(models, batch, generators, guide="loop"):
     """Alg. 1, one training step: a dict of loss parts whose sum is L = L_MJD + L_DPA (line 7).
 
     batch: a collated sample dict of data.py (B,V,...), on the models' device, with `video` and
-    `pseudo`, or what encode_sample() makes of them. use_guidance=False leaves out line 3,
-    use_dpa=False lines 3, 5 and 6: so train.py warms the MJD up, and so it drops the guidance at
-    random, that the loop can be switched off. true_tracks=True, whatever the other two are: line 3
-    draws the true tracks, bent, in place of the DPA's, and lines 5 and 6 are left out, a warm-up of
-    the guidance at a third of the time. generators: see draw(), one a sample. The paper gives no
-    weights for the parts: ours are in mjd_losses.
+    `pseudo`, or what encode_sample() makes of them. generators: see draw(), one a sample. guide:
+    "loop": Alg. 1 as it is;
+    "none": without lines 3, 5 and 6, which warms the MJD up, and lets the loop be switched off;
+    "truth": line 3 draws the true tracks, bent, in place of the DPA's, lines 5 and 6 are left out:
+    a warm-up of the guidance at a third of the time.
+    The paper gives no weights for the parts: ours are in mjd_losses.
     """
-    noisy = diffuse(models, batch, scheduler, text_dropout, generators)           # lines 1, 2
+    noisy = diffuse(models, batch, generators)                                    # lines 1, 2
     guidance = None
-    if true_tracks:
-        guidance = guidance_of(models, noisy, *bend(models, noisy))
-    elif use_guidance and use_dpa:
-        guidance = guidance_of(models, noisy, *refine(models, noisy, scheduler))
-    losses, motion, scale = mjd_losses(models, noisy, scheduler, guidance)
-    if use_dpa and not true_tracks:
-        losses |= dpa_losses(models, noisy, scheduler, motion, scale)
+    if guide != "none":
+        points, coarse = (bend if guide == "truth" else refine)(models, noisy)
+        guidance = draw_guidance(models.vae, models.dpa.denormalise(points), coarse, noisy.cameras,
+                                 noisy.reference, noisy.given)
+    losses, motion, scale = mjd_losses(models, noisy, guidance)                   # line 4
+    if guide == "loop":
+        losses |= dpa_losses(models, noisy, motion, scale)                        # lines 5, 6
     return losses
 
 
-def diffuse(models, batch, scheduler, text_dropout=0.1, generators=None):
+def diffuse(models, batch, generators, text_dropout=0.1):
     """Alg. 1, lines 1 and 2: encode everything, and add noise at one t (B,) a sample.
 
-    A namespace: latents, their noise and z_t (B,V,C,n,h,w), points, their noise and M_t (B,V,N,K,3)
-    normalised, scale (B,V,2) in metres, anchors (B,V,K,2) in pixels, reference (B,V,3,H,W), and
-    cameras, rays, prompts, given.
+    A namespace: clean, noise and z, dicts of z_0, z_1 and z_t for "video", "motion" (B,V,C,n,h,w)
+    and "points" (B,V,N,K,3), which are normalised; scale (B,V,2) in metres, anchors (B,V,K,2) in
+    pixels, reference (B,V,3,H,W), and cameras, rays, prompts, given.
     """
-    (count, views), device = batch["tracks"].shape[:2], models.device
-    cameras = batch["intrinsics"], batch["extrinsics"]
-    generators = generators or [None] * count
+    cameras, views = (batch["intrinsics"], batch["extrinsics"]), batch["tracks"].shape[1]
     drop = (draw(torch.rand, generators) < text_dropout).tolist()
-    given = draw_given(views, generators).to(device)
+    # Of each sample 1..V references are shown, each number as often: so one is enough at sampling.
+    order = draw(torch.rand, generators, views).argsort(1).argsort(1)
+    given = order < draw(partial(torch.randint, 1, 1 + views), generators, 1)
     even_t = draw(torch.rand, generators)
     with torch.no_grad():
         # Line 1: s and M_pv = ProjNorm(M) come drawn from the data set. z_I needs no pass of its
         # own: the VAE is causal, so it is latent frame 0 of z_V.
         if "latents_video" not in batch:
             batch = batch | encode_sample(models.vae, batch)
-        video, motion = batch["latents_video"], batch["latents_motion"]           # (B,V,C,n,h,w)
-        size = [side * r for side, r in zip(video.shape[-2:], models.vae.strides[1:])]
-        points = models.dpa.normalise(batch["tracks"])                            # (B,V,N,K,3)
-        noise = [draw(torch.randn, generators, *x.shape[1:]).to(x) for x in (video, motion, points)]
+        clean = dict(video=batch["latents_video"], motion=batch["latents_motion"],
+                     points=models.dpa.normalise(batch["tracks"]))
+        noise = {key: draw(torch.randn, generators, *x.shape[1:]).to(x) for key, x in clean.items()}
     noisy = SimpleNamespace(
-        given=given, cameras=cameras, size=size, scale=batch["scale"], even_t=even_t,
-        generators=generators, reference=batch["reference"],
+        clean=clean, noise=noise, even_t=even_t, generators=generators, cameras=cameras,
+        given=given.to(models.device), reference=batch["reference"], scale=batch["scale"],
         prompts=["" if d else prompt for d, prompt in zip(drop, batch["prompt"])],
-        rays=camera_rays(cameras, size), anchors=true_anchors(batch),
-        video=video, motion=motion, points=points, noise_video=noise[0], noise_motion=noise[1],
-        noise_points=noise[2])
-    return at_time(noisy, scheduler, even_t)
+        rays=camera_rays(cameras, batch["reference"].shape[-2:]), anchors=true_anchors(batch))
+    return at_time(noisy, even_t)
 
 
-def at_time(noisy, scheduler, even_t):
-    """Line 2: z_V,t with its clean first frame, z_Mpv,t and M_t at the time that the scheduler
-    makes of evenly spread even_t (B,). The namespace of diffuse() with these in place."""
-    t = scheduler.shifted(even_t).to(noisy.video.device)
-    video_t, motion_t, points_t = (scheduler.add_noise(clean, noise, t) for clean, noise in (
-        (noisy.video, noisy.noise_video), (noisy.motion, noisy.noise_motion),
-        (noisy.points, noisy.noise_points)))
-    video_t = insert_reference(video_t, noisy.video[:, :, :, :1], noisy.given)
-    return SimpleNamespace(**vars(noisy) | dict(t=t, video_t=video_t, motion_t=motion_t,
-                                                points_t=points_t))
+def at_time(noisy, even_t):
+    """Line 2: z_V,t with its clean first frame, z_Mpv,t and M_t at the time that FLOW makes of
+    evenly spread even_t (B,). The namespace of diffuse() with these in place."""
+    t = FLOW.shifted(even_t).to(noisy.given.device)
+    z = {key: FLOW.add_noise(clean, noisy.noise[key], t) for key, clean in noisy.clean.items()}
+    z["video"] = insert_reference(z["video"], noisy.clean["video"][:, :, :, :1], noisy.given)
+    return SimpleNamespace(**vars(noisy) | dict(t=t, z=z))
 
 
 @torch.no_grad()
-def refine(models, noisy, scheduler):
+def refine(models, noisy):
     """Alg. 1, line 3, without gradient: M~ = G_DPA(M_t, coarse, t), (B,V,N,K,3) normalised, and
     the Coarse that it was made of.
 
@@ -433,24 +404,16 @@ def refine(models, noisy, scheduler):
     unguided pass of the MJD on the same noise up to a tenth of all steps earlier.
     """
     earlier = draw(torch.rand, noisy.generators) / 10
-    noisy = at_time(noisy, scheduler, (noisy.even_t + earlier).clamp(max=1))
-    _, velocity, scale = models.mjd(noisy.video_t, noisy.motion_t, noisy.t,
+    noisy = at_time(noisy, (noisy.even_t + earlier).clamp(max=1))
+    _, velocity, scale = models.mjd(noisy.z["video"], noisy.z["motion"], noisy.t,
                                     models.mjd.encode_text(noisy.prompts), noisy.rays, noisy.given)
-    clean, _ = scheduler.predict(velocity, noisy.motion_t, noisy.t)
-    coarse = read_tracks(models.vae, clean, scale, noisy.cameras, noisy.points.shape[3],
-                         noisy.anchors)
-    velocity = align(models.dpa, noisy.points_t, coarse, noisy.t, noisy.cameras, noisy.size)
+    clean, _ = FLOW.predict(velocity, noisy.z["motion"], noisy.t)
+    coarse = read_tracks(models.vae, clean, scale, noisy.cameras, noisy.anchors)
+    velocity = align(models.dpa, noisy.z["points"], coarse, noisy.t, noisy.cameras)
     # Older torch (before pull request 165068) would give the weights that autocast has cast here,
     # without gradient, to the passes that need one.
     torch.clear_autocast_cache()
-    return scheduler.predict(velocity, noisy.points_t, noisy.t)[0], coarse
-
-
-@torch.no_grad()
-def guidance_of(models, noisy, points, coarse):
-    """draw_guidance() of points (B,V,N,K,3), normalised, in the batch of diffuse()."""
-    return draw_guidance(models.vae, models.dpa.denormalise(points), coarse, noisy.cameras,
-                         noisy.reference, noisy.given)
+    return FLOW.predict(velocity, noisy.z["points"], noisy.t)[0], coarse
 
 
 @torch.no_grad()
@@ -463,7 +426,7 @@ def bend(models, noisy):
     itself, by some pixels in the last frame and 0.3 of that in the first; the colours stay. All
     that is for t = 1; the nearer to t = 0, the less, but for 3 mm of noise a track and axis.
     """
-    points, generators = noisy.points, noisy.generators
+    points, generators = noisy.clean["points"], noisy.generators
     views, frames, count = points.shape[1:4]
     maps = draw(torch.randn, generators, 2, 1 + views, 3, 4).to(points)       # first, growing
     maps = (maps[:, :, :1] + maps[:, :, 1:]) * maps.new_tensor([0.055, 0.08])[:, None, None, None]
@@ -477,90 +440,82 @@ def bend(models, noisy):
 
     maps = 0.08 * strength * draw(torch.randn, generators, views, 1, 2, 3).to(points)
     maps = (0.3 + 0.7 * share) * maps + torch.eye(2, 3, device=points.device)  # (B, V, N, 2, 3)
-    pseudo = fold((decode(models.vae, noisy.motion, "motion") + 1) / 2).transpose(1, 2)
+    pseudo = (models.vae.decode(noisy.clean["motion"], "motion") + 1) / 2
+    pseudo = rearrange(pseudo, "b v c n h w -> (b v n) c h w")
     with torch.autocast(points.device.type, enabled=False):                   # bf16 is 0.2 px off
-        grid = F.affine_grid(maps.flatten(0, 2), [maps[..., 0, 0].numel(), 3, *noisy.size],
-                             align_corners=False)
-        bent = F.grid_sample(pseudo.flatten(0, 1), grid, padding_mode="border", align_corners=False)
+        grid = F.affine_grid(maps.flatten(0, 2), pseudo.shape, align_corners=False)
+        bent = F.grid_sample(pseudo, grid, padding_mode="border", align_corners=False)
     bent = rearrange(bent, "(b v n) c h w -> b v c n h w", v=views, n=frames)
-    return points, Coarse(None, noisy.anchors, None, noisy.scale, bent)
+    return points, Coarse(noisy.anchors, noisy.scale, bent)
 
 
-def mjd_losses(models, noisy, scheduler, guidance=None, depth_weight=4.0, scale_weight=0.1):
+def mjd_losses(models, noisy, guidance=None, depth_weight=4.0, scale_weight=0.1):
     """Alg. 1, line 4: L_MJD (Eq. 3) in parts; for line 5 the clean motion estimate (B,V,C,n,h,w)
-    and s^ (B,V,2) in metres. noisy: of diffuse(); guidance: of guidance_of() or None.
+    and s^ (B,V,2) in metres. noisy: of diffuse(); guidance: of draw_guidance() or None.
 
     Beyond Eq. 3, the depth in the pseudo videos counts extra (its part of the velocity's error, all
     pixels): it is little of the latents, but was nearly all of the tracks' error. The scale counts
     less: two numbers a view had three times the gradient of all else together.
     """
-    velocity_video, velocity_motion, scale = models.mjd(   # see mjd.py for how guidance is "added"
-        noisy.video_t, noisy.motion_t, noisy.t, models.mjd.encode_text(noisy.prompts), noisy.rays,
-        noisy.given, guidance)
-    error = velocity_video - scheduler.velocity(noisy.video, noisy.noise_video, noisy.t)
-    free = torch.ones_like(error)
+    *velocities, scale = models.mjd(                       # see mjd.py for how guidance is "added"
+        noisy.z["video"], noisy.z["motion"], noisy.t, models.mjd.encode_text(noisy.prompts),
+        noisy.rays, noisy.given, guidance)
+    video, motion = (velocity - FLOW.velocity(noisy.clean[key], noisy.noise[key], noisy.t)
+                     for key, velocity in zip(("video", "motion"), velocities))       # the errors
+    free = torch.ones_like(video)
     free = insert_reference(free, torch.zeros_like(free[:, :, :, :1]), noisy.given)
-    per_sample = (free * error.square()).flatten(1).sum(1) / free.flatten(1).sum(1)
-    error = velocity_motion - scheduler.velocity(noisy.motion, noisy.noise_motion, noisy.t)
+    per_sample = (free * video.square()).flatten(1).sum(1) / free.flatten(1).sum(1)
     unit = models.mjd.scale_unit
     losses = {"video": per_sample.mean(),                        # a given frame is not predicted
-              "motion": error.square().mean(),
-              "depth": depth_weight * models.vae.blue(error).float().square().mean(),
+              "motion": motion.square().mean(),
+              "depth": depth_weight * models.vae.blue(motion).float().square().mean(),
               "scale": scale_weight * F.mse_loss(scale / unit, noisy.scale / unit)}
-    clean, _ = scheduler.predict(velocity_motion.detach(), noisy.motion_t, noisy.t)
+    clean, _ = FLOW.predict(velocities[1].detach(), noisy.z["motion"], noisy.t)
     return losses, clean, scale.detach()
 
 
-def dpa_losses(models, noisy, scheduler, motion, scale, chamfer_points=256):
+def dpa_losses(models, noisy, motion, scale, chamfer_points=256):
     """Alg. 1, lines 5 and 6: L_DPA = MSE(v, v_M) + Chamfer(M^, M) (Eq. 4), normalised units.
 
     Line 5 steps the motion latents; here straight to t = 0, their clean estimate `motion`. The
     Chamfer distance is between all views' points of a time step, on a random subset of the slots.
     """
     with torch.no_grad():
-        coarse = read_tracks(models.vae, motion, scale, noisy.cameras, noisy.points.shape[3],
-                             noisy.anchors)
-    velocity = align(models.dpa, noisy.points_t, coarse, noisy.t, noisy.cameras, noisy.size)
-    clean, _ = scheduler.predict(velocity, noisy.points_t, noisy.t)
-    slots = clean.shape[1] * clean.shape[3]
+        coarse = read_tracks(models.vae, motion, scale, noisy.cameras, noisy.anchors)
+    truth, z = noisy.clean["points"], noisy.z["points"]
+    velocity = align(models.dpa, z, coarse, noisy.t, noisy.cameras)
+    clean, _ = FLOW.predict(velocity, z, noisy.t)
     some = draw(lambda shape, generator: torch.randperm(*shape, generator=generator),
-                noisy.generators, slots)[:, :chamfer_points].to(clean.device)          # (B, P)
-    some = repeat(some, "b p -> b n p c", n=clean.shape[2], c=3)
+                noisy.generators, z.shape[1] * z.shape[3])[:, :chamfer_points].to(z.device)
+    some = repeat(some, "b p -> b n p c", n=z.shape[2], c=3)
     sets = [rearrange(x, "b v n k c -> b n (v k) c").gather(2, some).flatten(0, 1)
-            for x in (clean, noisy.points)]
-    wanted = scheduler.velocity(noisy.points, noisy.noise_points, noisy.t)
-    return {"points": F.mse_loss(velocity, wanted),
-            "chamfer": chamfer_distance(*sets)}
+            for x in (clean, truth)]
+    wanted = FLOW.velocity(truth, noisy.noise["points"], noisy.t)
+    return {"points": F.mse_loss(velocity, wanted), "chamfer": chamfer_distance(*sets)}
 
 
 # ------------------------------------------------------------------------- sampling (Sec. 3.5)
 
 @dataclass
 class SampleState:
-    """What the loop knows after a step: all are estimates of the *clean* result.
-
-    step of steps, t: the time just left; latents and motion (B,V,C,n,h,w); tracks (B,V,N,K,3)
-    metres: aligned by the DPA, or coarse without it; valid (B,V,N,K); anchors (B,V,K,2) pixels;
-    scale (B,V,2) metres; pseudo (B,V,3,N,H,W) in [0,1]; vae to decode with.
-    """
-    step: int
-    steps: int
-    t: float
-    latents: torch.Tensor
-    motion: torch.Tensor
-    coarse: Coarse
-    tracks: torch.Tensor
-    vae: VideoVAE
+    """What the loop knows after a step: all are estimates of the *clean* result."""
+    step: int                # 1, 2, ...
+    t: float                 # the time just left
+    latents: torch.Tensor    # of the video, (B,V,C,n,h,w)
+    motion: torch.Tensor     # of the pseudo video, (B,V,C,n,h,w)
+    coarse: Coarse           # what that pseudo video says
+    tracks: torch.Tensor     # (B,V,N,K,3) metres: aligned by the DPA, or coarse without it
+    vae: VideoVAE            # to decode with
 
     def video(self):
         """(B,V,3,N,H,W) in [-1,1]."""
-        return decode(self.vae, self.latents, "video")
+        return self.vae.decode(self.latents, "video")
 
 
 @torch.no_grad()
 def sample(models, reference, given, prompts, cameras, frames, steps=25, text_scale=1.0,
            loop_scale=1.0, num_tracks=256, anchors=None, cycle=True, use_dpa=True, cycle_every=1,
-           shift=8.0, eta=0.0, temperature=0.3, seed=0):
+           temperature=0.3, seed=0):
     """The closed loop of Sec. 3.5: a generator of one SampleState a step, the last is the result.
 
     reference (B,V,3,H,W) in [-1,1], ignored where given (B,V) is False; prompts: B strings;
@@ -575,12 +530,13 @@ def sample(models, reference, given, prompts, cameras, frames, steps=25, text_sc
     nothing is fed back. use_dpa=False: no DPA, and so no loop. The paper's sampling pseudo-code is
     unpublished: this is training's Alg. 1 with the estimate of the step before.
     """
-    check_sample_inputs(models, reference, given, prompts, cameras, steps, cycle_every)
-    scheduler = DDIMScheduler("flow", shift)                # the path that the networks learnt
+    if len(prompts) != len(given) or not given.any(1).all():
+        raise ValueError(f"expected a prompt and at least one reference for each of {len(given)} "
+                         f"batch items, got {len(prompts)} prompts and {given.tolist()}")
     generator = torch.Generator().manual_seed(seed)
     device, (batch, views), size = models.device, given.shape, reference.shape[-2:]
     shape = models.vae.latent_size(frames, *size)
-    clean_reference = encode(models.vae, reference[:, :, :, None], "video")
+    clean_reference = models.vae.encode(reference[:, :, :, None], "video")
 
     def noise(*shape):
         return temperature * torch.randn(shape, generator=generator).to(device)
@@ -588,143 +544,110 @@ def sample(models, reference, given, prompts, cameras, frames, steps=25, text_sc
     video = noise(batch, views, models.vae.channels, *shape)
     motion = noise(batch, views, models.vae.channels, *shape)
     point_noise = noise(batch, views, frames, num_tracks, 3)
-    predict = MotionPredictor(models.mjd, prompts, camera_rays(cameras, size), given, text_scale,
-                              loop_scale)
+    predict = text_guided(models.mjd, prompts, camera_rays(cameras, size), given, text_scale,
+                          loop_scale)
     points, guidance, slots = point_noise, None, None
-    times = scheduler.times(steps)
+    times = FLOW.times(steps)
     for step, (t, t_next) in enumerate(zip(times, times[1:])):
         video = insert_reference(video, clean_reference, given)
         velocity_video, velocity_motion, scale = predict(video, motion, t, guidance)
-        clean = [scheduler.predict(v, z, t)[0] for v, z in ((velocity_video, video),
-                                                            (velocity_motion, motion))]
-        clean[0] = insert_reference(clean[0], clean_reference, given)
-        video = scheduler.step(velocity_video, video, t, t_next, eta, generator)
-        motion = scheduler.step(velocity_motion, motion, t, t_next, eta, generator)
-        coarse = read_tracks(models.vae, clean[1], scale, cameras, num_tracks, anchors, slots)
+        clean_video, clean_motion = (FLOW.predict(velocity, z, t)[0] for velocity, z in (
+            (velocity_video, video), (velocity_motion, motion)))
+        clean_video = insert_reference(clean_video, clean_reference, given)
+        video = FLOW.step(velocity_video, video, t, t_next)
+        motion = FLOW.step(velocity_motion, motion, t, t_next)
+        coarse = read_tracks(models.vae, clean_motion, scale, cameras, anchors, num_tracks, slots)
         tracks = coarse.tracks
         if use_dpa and (step % cycle_every == 0 or step == steps - 1):
             now = torch.full((batch,), t, device=device)
-            points = restart_slots(scheduler, points, slots, coarse, point_noise, t, models.dpa)
-            velocity = align(models.dpa, points, coarse, now, cameras, size)
-            tracks = models.dpa.denormalise(scheduler.predict(velocity, points, t)[0])
+            points = restart_slots(points, slots, coarse, point_noise, t, models.dpa)
+            velocity = align(models.dpa, points, coarse, now, cameras)
+            tracks = models.dpa.denormalise(FLOW.predict(velocity, points, t)[0])
             t_points = times[min(step + cycle_every, max(step + 1, steps - 1))]
-            points, slots = scheduler.step(velocity, points, t, t_points), coarse.anchors
+            points, slots = FLOW.step(velocity, points, t, t_points), coarse.anchors
             if cycle and step < steps - 1:
                 guidance = draw_guidance(models.vae, tracks, coarse, cameras, reference, given)
-        yield SampleState(step + 1, steps, t, *clean, coarse, tracks, models.vae)
+        yield SampleState(step + 1, t, clean_video, clean_motion, coarse, tracks, models.vae)
 
 
-class MotionPredictor:
-    """The MJD with everything that stays the same during sampling done once, and classifier-free
-    guidance on the text as one batch: v = v_empty + text_scale (v_text - v_empty)."""
-
-    def __init__(self, mjd, prompts, rays, given, text_scale, loop_scale):
-        self.mjd, self.text_scale, self.loop_scale = mjd, text_scale, loop_scale
-        self.copies = 1 if text_scale == 1 else 2
-        self.text = mjd.encode_text(list(prompts) + [""] * len(prompts) * (self.copies - 1))
-        self.rays, self.given = self.copy(rays), self.copy(given)
-
-    def copy(self, tensor):
-        """The batch (B,...) once, or twice with guidance: (2B,...)."""
-        return None if tensor is None else torch.cat([tensor] * self.copies)
-
-    def __call__(self, video, motion, t, guidance):
-        time = torch.full((self.copies * len(video),), t, device=video.device)
-        out = self.mjd(self.copy(video), self.copy(motion), time, self.text, self.rays, self.given,
-                       self.copy(guidance), self.loop_scale)
-        if self.copies == 1:
-            return out
-        return [empty + self.text_scale * (text - empty)
-                for text, empty in (value.float().chunk(2) for value in out)]
+def sample_scenes(models, scenes, given, **options):
+    """sample() of a collated sample dict (B,V,...), in its own cameras and with its own prompts:
+    from its first frames where given (B,V) is True."""
+    return sample(models, scenes["video"][:, :, :, 0], given, scenes["prompt"],
+                  (scenes["intrinsics"], scenes["extrinsics"]), scenes["video"].shape[3],
+                  num_tracks=scenes["tracks"].shape[3], **options)
 
 
-def restart_slots(scheduler, points, slots, coarse, noise, t, dpa):
+def text_guided(mjd, prompts, rays, given, text_scale, loop_scale):
+    """The MJD as a function of what changes while sampling; all else is done once. Classifier-free
+    guidance on the text is one batch (2B,...): v = v_empty + text_scale (v_text - v_empty)."""
+    copies = 1 if text_scale == 1 else 2
+    text = mjd.encode_text([*prompts] + [""] * len(prompts) * (copies - 1))
+
+    def copied(x):
+        return None if x is None else torch.cat([x] * copies)
+    rays, given = copied(rays), copied(given)
+
+    def predict(video, motion, t, guidance):
+        time = torch.full((len(given),), t, device=given.device)
+        out = mjd(copied(video), copied(motion), time, text, rays, given, copied(guidance),
+                  loop_scale)
+        return out if copies == 1 else [empty + text_scale * (told - empty) for told, empty in
+                                        (value.float().chunk(2) for value in out)]
+    return predict
+
+
+def restart_slots(points, slots, coarse, noise, t, dpa):
     """M_t (B,V,N,K,3) in which slots that follow another anchor than at the step before start anew
     from the coarse track, at noise level t. slots: that step's anchors (B,V,K,2), or None."""
     if slots is None:
         return points
     moved = (slots != coarse.anchors).any(-1)[:, :, None, :, None]
     clean = dpa.normalise(torch.where(coarse.valid[..., None], coarse.tracks, dpa.scene_centre))
-    return torch.where(moved, scheduler.add_noise(clean, noise, t), points)
-
-
-def check_sample_inputs(models, reference, given, prompts, cameras, steps, cycle_every):
-    """ValueError unless the arguments of `sample` fit together."""
-    batch, views = given.shape
-    shapes = {"reference": (reference, (batch, views, 3, *reference.shape[-2:])),
-              "intrinsics": (cameras[0], (batch, views, 3, 3)),
-              "extrinsics": (cameras[1], (batch, views, 4, 4))}
-    for name, (tensor, shape) in shapes.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name}: expected {shape} for {batch} x {views} views, got "
-                             f"{tuple(tensor.shape)}")
-    if len(prompts) != batch:
-        raise ValueError(f"expected {batch} prompts, one a batch item, got {len(prompts)}")
-    if not given.any(1).all():
-        raise ValueError("expected at least one reference view in every batch item, got none")
-    if steps < 1 or cycle_every < 1:
-        raise ValueError(f"expected steps and cycle_every >= 1, got {steps} and {cycle_every}")
+    return torch.where(moved, FLOW.add_noise(clean, noise, t), points)
 
 
 # --------------------------------------------------------------------------------------- lesson
 
 def watch(models, scene, steps, **switches):
-    """Samples a scene from its centre view, with its true anchors. Returns a row a step, (t, dB in
-    the moving pixels of the other views, mean error in cm of coarse and of aligned tracks), and the
-    videos (steps,V,3,N,H,W) at each step."""
-    cameras = scene["intrinsics"][None], scene["extrinsics"][None]
-    anchors = project(scene["tracks"][:, 0], *(c[0] for c in cameras))[0][None]
-    visible, rows, videos = scene["visible"][None], [], []
-    given = torch.arange(len(scene["video"]))[None] == len(scene["video"]) // 2
-    for state in sample(models, scene["video"][None, :, :, 0], given, [scene["prompt"]], cameras,
-                        scene["video"].shape[2], steps, anchors=anchors,
-                        num_tracks=anchors.shape[2], **switches):
-        errors = [100 * (tracks - scene["tracks"]).norm(dim=-1)[visible].mean().item()
+    """Samples a scene from its centre view. Its true anchors are told, so that tracks (V,N,K,3) can
+    be compared. A row a step: t, dB in the moving pixels of the other views, mean error in cm of
+    coarse and of aligned tracks; and a middle frame of the left view after every step (3,S,H,W)."""
+    given, rows, pictures = torch.tensor([[False, True, False]]), [], []
+    for state in sample_scenes(models, scene, given, steps=steps, anchors=true_anchors(scene),
+                               **switches):
+        video = state.video()
+        errors = [100 * (tracks - scene["tracks"]).norm(dim=-1)[scene["visible"]].mean().item()
                   for tracks in (state.coarse.tracks, state.tracks)]
-        videos.append(state.video()[0])
-        rows.append((state.t, moving_psnr(videos[-1][~given[0]], scene["video"][~given[0]]),
-                     *errors))
-    return rows, torch.stack(videos)
+        rows.append((state.t, moving_psnr(video[~given], scene["video"][~given]), *errors))
+        pictures.append(video[0, 0, :, video.shape[3] // 2])
+    return rows, torch.stack(pictures, 1)
 
 
-def lesson(steps=8):
+def lesson(steps=6):
     """One held-out scene from one picture with the shipped weights: every step, loop on or off."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure       # here, so that importing cycle.py stays quick
     models = load_models(Path(__file__).parent / "weights" / "small.pt")
-    config = models.config
-    scene = SyntheticHOI("val", size=tuple(config["size"]), frames=config["frames"],
-                         views=config["views"], tracks=config["tracks"])[0]
-    bf16 = bf16_is_faster(models.device)
-    with torch.autocast(models.device.type, torch.bfloat16, enabled=bf16):
-        (on, videos_on), (sharp, videos_sharp), (off, videos_off) = (
+    shape = {key: models.config[key] for key in ("size", "frames", "views", "tracks")}
+    scene = SyntheticHOI("val", **shape).batch([0])
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_faster(models.device)):
+        (off, film_off), (on, film_on), (sharp, film_sharp) = (
             watch(models, scene, steps, **switches)
-            for switches in ({}, dict(loop_scale=3.0), dict(cycle=False)))
-    print(f"{scene['prompt']}, {steps} steps, one reference; dB: of the moving pixels of the views "
-          "that have none; the true anchors are told, so that tracks can be compared")
-    print("        moving pixels, dB          coarse tracks, cm   aligned tracks, cm")
-    print("   t      loop on (scale 3)     off     loop on     off     loop on     off")
-    for (t, *a), (_, sharper, *_), (_, *b) in zip(on, sharp, off):
-        cells = [f"  {x:10.2f}{y:8.2f}" for x, y in zip(a, b)]
-        print(f"  {t:4.2f}  {a[0]:10.2f}{sharper:10.2f}{b[0]:8.2f}" + "".join(cells[1:]))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(16, 5), layout="constrained",
-                                         width_ratios=(1, 2.4))
-    for rows, loop, style in ((on, "loop on", "-"), (off, "loop off", "--")):
-        for index, name in ((2, "coarse"), (3, "aligned")):
-            left.plot([row[0] for row in rows], [row[index] for row in rows], style,
-                      label=f"{name}, {loop}")
-    left.set(xlabel="t (1 = noise)", ylabel="mean track error, cm", xlim=(1, on[-1][0]))
-    left.legend()
-    view, middle = 0, config["frames"] // 2
-    films = [scene["video"][view], videos_sharp[-1, view],
-             *(videos[:, view, :, middle].transpose(0, 1)
-               for videos in (videos_sharp, videos_on, videos_off))]
-    right.imshow(torch.cat([film_strip(film, steps) for film in films]))
-    right.set_yticks((torch.arange(5) + 0.5) * config["size"][0], [
-        "truth, over time", "loop scale 3,\nover time",
-        f"frame {middle} after\nevery step, scale 3", "loop on, scale 1", "loop off"])
-    right.set(xticks=[], title="left view, which has no reference")
+            for switches in (dict(cycle=False), {}, dict(loop_scale=3.0)))
+    print(f"{scene['prompt'][0]}, {steps} steps, one reference; of the views that have none:\n"
+          "        moving pixels, dB               aligned tracks, cm (coarse)\n"
+          "   t    loop off    loop on  --loop-scale 3    loop off       loop on")
+    for (t, *a), (_, *b), (_, sharper, *_) in zip(off, on, sharp):
+        print(f"{t:4.2f}{a[0]:12.2f}{b[0]:11.2f}{sharper:16.2f}"
+              f"{a[2]:12.2f} ({a[1]:.2f}){b[2]:7.2f} ({b[1]:.2f})")
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    axis = figure.subplots()
+    films = (scene["video"][0, 0], film_off, film_on, film_sharp)
+    axis.imshow(torch.cat([film_strip(film, steps) for film in films]))
+    axis.set_yticks([shape["size"][0] * (row + 0.5) for row in range(4)], (
+        "truth,\nover time", "middle frame after\nevery step, loop off", "loop on",
+        "loop on,\n--loop-scale 3"))
+    axis.set(xticks=[], title="left view, which has no reference")
     Path("out").mkdir(exist_ok=True)
     figure.savefig("out/cycle.png", dpi=100)
     print("wrote out/cycle.png")

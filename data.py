@@ -225,7 +225,7 @@ def choose_anchors(foreground, num_tracks, previous=None):
 
 @full_precision
 def pseudo_video_to_tracks(pseudo, scale, intrinsics, extrinsics, num_tracks, anchors=None,
-                           tolerance=4.0):
+                           previous=None, tolerance=4.0):
     """Denorm & Unproj: where a colour stands is the point's pixel, its blue the point's depth.
 
     pseudo (V,3,N,H,W) in [0,1], exact or decoded; scale (V,2) metres; anchors (V,K,2) pixels or
@@ -239,7 +239,7 @@ def pseudo_video_to_tracks(pseudo, scale, intrinsics, extrinsics, num_tracks, an
     views, _, frames, height, width = pseudo.shape
     foreground = pseudo[:, 2] > FOREGROUND_THRESHOLD                               # (V,N,H,W)
     if anchors is None:
-        anchors = choose_anchors(foreground[:, 0], num_tracks)
+        anchors = choose_anchors(foreground[:, 0], num_tracks, previous)
     colour = rearrange(pseudo[:, :2], "v c n h w -> v n h w c")
     colour = colour * anchors.new_tensor([width, height])
     depth = (pseudo[:, 2] - FOREGROUND_BLUE).clamp_min(0) / (1 - FOREGROUND_BLUE)

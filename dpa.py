@@ -20,7 +20,6 @@ Points are metres in the world outside and `DPA.normalise`d, about [-2, 2], insi
     python dpa.py        lesson: aligns toy tracks of three views, draws out/dpa.png
 """
 
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +29,7 @@ from einops import rearrange, repeat
 from torch.utils.checkpoint import checkpoint
 from torch import nn
 
-from mjd import attention, mlp, rms_norm, timestep_embedding, zero_init
+from mjd import attention, mlp, modulate, rms_norm, timestep_embedding, zero_init
 
 VOXEL_BITS = 14    # 2^14 voxels an axis: 327 m of 2 cm voxels; 3 x 14 leave 21 bits for the group
 CURVE_BITS = 20    # the curve runs over cells 32 times finer than voxels, so that ties are rare
@@ -48,9 +47,6 @@ def morton_code(ijk, bits=10):
     The `bits` low bits of i, j, k are interleaved, x lowest: code bit 3b + axis = bit b of that
     axis. With x and y swapped it is the "trans" curve of Point Transformer V3 (Sec. 3.4).
     """
-    if ijk.shape[-1] != 3 or ijk.is_floating_point() or not 0 < bits <= 21:
-        raise ValueError(f"expected integers (..., 3) and 1 to 21 bits, got {tuple(ijk.shape)} "
-                         f"{ijk.dtype} and {bits}: floor the points to cells first")
     bit = torch.arange(bits, device=ijk.device)[:, None]
     axis = torch.arange(3, device=ijk.device)
     set_bits = (ijk.long()[..., None, :] >> bit) & 1                         # (..., bits, 3)
@@ -74,9 +70,6 @@ def voxelize(points, voxel_size):
     views together. Returns keys (M,) sorted, inverse (G, P) the voxel of each point, counts (M,)
     its points. `unique` is the DPA's one device-to-host synchronisation: M is not known before.
     """
-    if points.ndim != 3 or points.shape[-1] != 3:
-        raise ValueError(f"expected points (G, P, 3), got {tuple(points.shape)}; "
-                         "flatten batch and frames to groups, views and tracks to points")
     keys = torch.arange(len(points), device=points.device)[:, None]          # group, then x, y, z
     for cell in grid_cells(points, voxel_size, VOXEL_BITS).unbind(-1):
         keys = keys << VOXEL_BITS | cell
@@ -160,9 +153,6 @@ def chamfer_distance(a, b):
     mean_p min_q |a_p - b_q|² + mean_q min_p |a_p - b_q|². The nearest points are looked up without
     gradient, so that the backward pass keeps no P x Q distances; the gradient is the same.
     """
-    if a.ndim != 3 or b.ndim != 3 or a.shape[::2] != b.shape[::2]:
-        raise ValueError(f"expected (B, P, 3) and (B, Q, 3), got {tuple(a.shape)} and "
-                         f"{tuple(b.shape)}; flatten views, frames and tracks first")
     a, b = a.float(), b.float()
     with torch.no_grad():
         distance = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
@@ -204,11 +194,6 @@ def gaussian_prior(noisy, coarse, std, t):
 
 
 # ---------------------------------------------------------------- network
-
-def modulate(x, shift, scale):
-    """Normalises x (..., D), then scales and shifts it."""
-    return rms_norm(x) * (1 + scale) + shift
-
 
 def fourier(x, octaves):
     """x (..., C) -> (..., 2 octaves C): sines and cosines of 1, 2, 4, ... turns a unit."""
@@ -299,14 +284,13 @@ class Block(nn.Module):
 class DPA(nn.Module):
     """The aligner G_DPA of Eq. 4. The paper does not give its size: 4 blocks of 128 are ours."""
 
-    def __init__(self, dim=128, depth=4, heads=4, patch=96, voxel_size=0.02, scene_radius=0.1):
-        """voxel_size, scene_radius in metres; patch in points. The buffer scene_centre, the middle
-        of a typical scene in the world, is measured by train.py on its data."""
+    voxel_size, scene_radius = 0.02, 0.1     # metres
+
+    def __init__(self, dim, depth, heads, patch):
+        """patch: points that attend to each other. The buffer scene_centre, the middle of a typical
+        scene in the world, is measured by train.py on its data."""
         super().__init__()
-        if dim % (2 * heads):
-            raise ValueError(f"dim must be a multiple of 2 x heads, got {dim} and {heads} heads")
-        self.patch, self.voxel_size, self.scene_radius = patch, voxel_size, scene_radius
-        self.checkpointing = False     # can be switched on at any time: less memory, more time
+        self.patch, self.checkpointing = patch, False     # to be switched on at any time
         self.register_buffer("scene_centre", torch.tensor([0.0, 0.0, 0.05]))
         known = 3 + 3 + 1 + 16 + 12   # the channels of `describe`
         self.embed_point = nn.Linear(3 + known, dim)
@@ -332,8 +316,14 @@ class DPA(nn.Module):
         where valid (B,V,N,K) bool is False; t (B,) in [0,1]; anchors (B,V,K,2) in [0,1] of the
         image; camera_centres (B,V,3) world, metres. Returns (B,V,N,K,3) float32, normalised.
         """
-        check_shapes(valid, noisy=noisy, coarse=coarse, t=t, anchors=anchors,
-                     camera_centres=camera_centres)
+        slots = tuple(valid.shape)                                           # (B, V, N, K)
+        for name, tensor, shape in (
+                ("noisy", noisy, (*slots, 3)), ("coarse", coarse, (*slots, 3)), ("t", t, slots[:1]),
+                ("anchors", anchors, (*slots[:2], slots[3], 2)),
+                ("camera_centres", camera_centres, (*slots[:2], 3))):
+            if tensor.shape != shape:
+                raise ValueError(f"{name}: expected {shape} to go with valid {slots}, got "
+                                 f"{tuple(tensor.shape)}")
         coarse, std = fill_invalid(self.normalise(coarse), valid)
         shift, velocity, gain = gaussian_prior(noisy.float(), coarse, std, t)
         points = rearrange(self.denormalise(coarse), "b view frame k xyz -> (b frame) (view k) xyz")
@@ -366,7 +356,7 @@ class DPA(nn.Module):
         time = self.embed_time(timestep_embedding(t, x.shape[-1]))[:, None, None, None]
         for i, block in enumerate(self.blocks):
             arguments = (x, time, coarse, valid, layout, layout.curves[i % 2])
-            if self.checkpointing and self.training:
+            if self.checkpointing:
                 x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(*arguments)
@@ -374,128 +364,85 @@ class DPA(nn.Module):
         return rearrange(x, "b frame view track channel -> b view frame track channel")
 
 
-def check_shapes(valid, **arguments):
-    """ValueError unless the arguments of DPA.forward fit together."""
-    slots = tuple(valid.shape)
-    if len(slots) != 4 or valid.dtype != torch.bool:
-        raise ValueError(f"expected valid (B, V, N, K) bool, got {slots} {valid.dtype}")
-    expected = dict(noisy=(*slots, 3), coarse=(*slots, 3), t=slots[:1],
-                    anchors=(*slots[:2], slots[3], 2), camera_centres=(*slots[:2], 3))
-    for name, shape in expected.items():
-        if tuple(arguments[name].shape) != shape:
-            raise ValueError(f"{name}: expected {shape} to go with valid {slots}, "
-                             f"got {tuple(arguments[name].shape)}")
-
-
 # ---------------------------------------------------------------- lesson
 
 def toy_scenes(count, frames=4, tracks=64):
-    """Drifting ellipsoids (a palm, five fingers) and what three cameras make of them.
+    """A drifting hand of ellipsoids (a palm, five fingers) and what three cameras make of it.
 
     Returns the DPA's arguments and `truth` (B,V,N,K,3) in metres. The coarse tracks err as real
     ones do: along the ray by one offset a view (a wrong depth scale) and one a track, a little by
     frame, and 10 % are garbage, half of it marked invalid.
     """
-    azimuth = torch.tensor([-0.8, 0.0, 0.8]) + 0.3 * torch.rand(count, 1)
-    eyes = torch.stack([azimuth.sin() / 2, -azimuth.cos() / 2, 0 * azimuth + 0.3], -1)
-    right = torch.stack([azimuth.cos(), azimuth.sin(), 0 * azimuth], -1)
-    eye, right = eyes[:, :, None, None], right[:, :, None]                   # (B, V, 1, 1, 3)
-
     centres = torch.tensor([[0, 0, 0]] + [[.07, .022 * i - .044, .01 * i] for i in range(5)])
     radii = torch.tensor([[.05, .045, .02]] + [[.045, .011, .011]] * 5)
     pose = torch.linalg.qr(torch.randn(count, 1, 1, 3, 3)).Q   # of right hands and of left ones
     part = torch.randint(6, (count, 3, 1, tracks))
+    eyes = torch.tensor([[-.36, -.35, .3], [0, -.5, .3], [.36, -.35, .3]]).expand(count, -1, -1)
     normal = F.normalize(torch.randn(count, 3, 1, tracks, 3), dim=-1)
-    normal = normal * ((normal @ pose) * eye).sum(-1, keepdim=True).sign()   # faces its camera
-    drift = torch.arange(frames)[:, None, None] * 0.02 * torch.randn(count, 1, 1, 1, 3)
+    normal *= ((normal @ pose) * eyes[:, :, None, None]).sum(-1, keepdim=True).sign()  # to its view
+    drift = torch.arange(1, 1 + frames)[:, None, None] * 0.02 * torch.randn(count, 1, 1, 1, 3)
     truth = (centres[part] + normal * radii[part]) @ pose + drift
-    truth = truth + 0.03 * torch.randn(count, 1, 1, 1, 3)
 
-    ray = F.normalize(truth - eye, dim=-1)
+    ray = F.normalize(truth - eyes[:, :, None, None], dim=-1)
     depth_error = torch.randn(count, 3, 1, 1, 1) + torch.randn(count, 3, 1, tracks, 1)
     coarse = truth + 0.02 * ray * depth_error + 0.003 * torch.randn_like(truth)
     garbage = torch.rand(truth.shape[:-1]) < 0.1
     coarse = torch.where(garbage[..., None], 0.1 * torch.randn_like(truth), coarse)
-    valid = ~garbage | (torch.rand(garbage.shape) < 0.5)
-    first = ray[:, :, 0]                                                     # (B, V, K, 3)
-    anchors = torch.stack([(first * right).sum(-1) + 0.5, first[..., 2] + 1], -1)
-    return dict(truth=truth, coarse=coarse, valid=valid, anchors=anchors, camera_centres=eyes)
-
-
-def flow_loss(dpa, truth, t, **condition):
-    """L_DPA = MSE(v̄, v) + Chamfer(M̄, M) of Eq. 4, and the estimate M̄ (B,V,N,K,3) in metres."""
-    clean, time = dpa.normalise(truth), t[:, None, None, None, None]
-    noise = torch.randn_like(clean)
-    noisy = (1 - time) * clean + time * noise
-    velocity = dpa(noisy, t=t, **condition)
-    estimate = noisy - time * velocity
-    clouds = (x.transpose(1, 2).flatten(2, 3).flatten(0, 1) for x in (estimate, clean))
-    loss = F.mse_loss(velocity, noise - clean) + chamfer_distance(*clouds)
-    return loss, dpa.denormalise(estimate)
-
-
-def error_cm(points, truth):
-    """Mean distance in cm of points (..., 3) in metres."""
-    return 100 * (points - truth).norm(dim=-1).mean().item()
-
-
-def draw(truth, coarse, aligned, curve, path):
-    """From above, points (V, K, 3): the curve through all; coarse and aligned beside the true."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(15, 5.5), layout="constrained", sharex=True,
-                                sharey=True)
-    x, y, _ = 100 * truth.flatten(0, 1)[curve.rank.argsort()].T
-    axes[0].plot(x, y, color="0.75", linewidth=0.8)
-    axes[0].scatter(x, y, c=torch.arange(len(x)) // 48, cmap="turbo", s=14)
-    axes[0].set(xlim=(x.min() - 5, x.max() + 5), ylim=(y.min() - 5, y.max() + 5), xlabel="x [cm]",
-                ylabel="y [cm]", title="z-order curve through all views, one colour a patch")
-    for axis, points, name in zip(axes[1:], (coarse, aligned), ("coarse", "aligned")):
-        axis.set_title(f"{name}, lines to the truth: {error_cm(points, truth):.2f} cm")
-        for view, true, colour in zip(points, truth, ("tab:red", "tab:green", "tab:blue")):
-            x, y, _ = (100 * torch.stack([view, true])).unbind(-1)
-            axis.plot(x, y, color=colour, linewidth=0.5)
-            axis.scatter(x[0], y[0], color=colour, s=8)
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    return dict(truth=truth, coarse=coarse, valid=~garbage | (torch.rand(garbage.shape) < 0.5),
+                anchors=ray[:, :, 0, :, ::2] + 0.5, camera_centres=eyes)
 
 
 def lesson(steps=120, batch=4):
     """Trains a tiny DPA on toy scenes, never twice the same; measures and draws unseen ones."""
+    from matplotlib.figure import Figure       # here, so that importing dpa.py stays quick
     torch.manual_seed(0)
-    dpa, test, start = DPA(dim=64, depth=2, patch=48), toy_scenes(32), time.time()
-    points = rearrange(test["coarse"], "b view frame k xyz -> (b frame) (view k) xyz")
-    layout = build_layout(points, dpa.voxel_size, dpa.patch)
-    print(f"coarse tracks (B,V,N,K,3)  {tuple(test['coarse'].shape)}")
-    occupied = (layout.neighbours >= 0).sum(1).float().mean()
-    print(f"points -> voxels of 2 cm   {len(layout.voxel)} -> {len(layout.counts)}, "
-          f"{occupied:.1f} of the 27 around one are occupied")
-    print(f"patches (G patches, patch) {tuple(layout.curves[0].filled.squeeze().shape)}")
-    print(f"parameters                 {sum(p.numel() for p in dpa.parameters()):,}")
+    dpa, test = DPA(dim=64, depth=2, heads=4, patch=48), toy_scenes(16)
+    truth, start = test.pop("truth"), torch.randn(16, 3, 4, 64, 3)           # (B, V, N, K, 3)
+    coarse = dpa.denormalise(fill_invalid(dpa.normalise(test["coarse"]), test["valid"])[0])
 
+    def error_cm(points):
+        return 100 * (points - truth).norm(dim=-1).mean().item()
+    print(f"error in 16 scenes never trained on: coarse tracks {error_cm(coarse):.2f} cm")
     optimizer = torch.optim.AdamW(dpa.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, steps, pct_start=0.1)
-    for step in range(steps):
-        loss, _ = flow_loss(dpa, t=torch.rand(batch), **toy_scenes(batch))
+    for step in range(1, steps + 1):
+        scene, t = toy_scenes(batch), torch.rand(batch)
+        clean, time = dpa.normalise(scene.pop("truth")), t[:, None, None, None, None]
+        noise = torch.randn_like(clean)
+        velocity = dpa((1 - time) * clean + time * noise, t=t, **scene)
+        loss = F.mse_loss(velocity, noise - clean)            # Eq. 4, but for the Chamfer distance
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(dpa.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 30 == 0 or step == steps - 1:
-            print(f"step {step:4d}  loss {loss.item():.3f}  {time.time() - start:.1f} s")
+        if step % 30 == 0:
+            with torch.no_grad():                             # in one step from noise, t = 1
+                aligned = dpa.denormalise(start - dpa(start, t=torch.ones(16), **test))
+            print(f"  after {step} steps: aligned tracks {error_cm(aligned):.2f} cm")
 
-    coarse = dpa.denormalise(fill_invalid(dpa.normalise(test["coarse"]), test["valid"])[0])
-    print(f"error of new scenes: coarse tracks {error_cm(coarse, test['truth']):.2f} cm")
-    for t in (0.25, 0.5, 0.75, 1.0):
-        with torch.no_grad():
-            _, aligned = flow_loss(dpa, t=torch.full((32,), t), **test)
-        print(f"    aligned in one step from t = {t}: {error_cm(aligned, test['truth']):.2f} cm")
+    cloud = truth[0, :, 0].flatten(0, 1)                                     # (V K, 3), metres
+    layout = build_layout(cloud[None], dpa.voxel_size, dpa.patch)
+    curve, occupied = layout.curves[0], (layout.neighbours >= 0).sum(1).float().mean()
+    print(f"one of them at one time: {len(cloud)} points in {len(layout.counts)} voxels of 2 cm, "
+          f"{occupied:.1f} of the 27 around one occupied; patches {tuple(curve.filled.shape[::3])}")
+    figure = Figure(figsize=(15, 5.5), layout="constrained")
+    axes = figure.subplots(1, 3, sharex=True, sharey=True)
+    x, y, _ = 100 * cloud[curve.rank.argsort()].T
+    axes[0].plot(x, y, color="0.75", linewidth=0.8)
+    axes[0].scatter(x, y, c=torch.arange(len(cloud)) // dpa.patch, cmap="turbo", s=14)
+    axes[0].set(title="z-order curve through all views, one colour a patch",
+                xlabel="x, cm", ylabel="y, cm",
+                xlim=(x.min() - 3, x.max() + 3), ylim=(y.min() - 3, y.max() + 3))
+    for axis, points, name in zip(axes[1:], (coarse, aligned), ("coarse", "aligned")):
+        axis.set_title(f"{name}, a colour a view, lines to the truth: {error_cm(points):.2f} cm")
+        for view, true, colour in zip(points[0, :, 0], truth[0, :, 0], ("red", "green", "blue")):
+            x, y, _ = (100 * torch.stack([view, true])).unbind(-1)           # (2, K)
+            axis.plot(x, y, color=f"tab:{colour}", linewidth=0.5)
+            axis.scatter(x[0], y[0], color=f"tab:{colour}", s=8)
     Path("out").mkdir(exist_ok=True)
-    first = [points[0, :, 0] for points in (test["truth"], coarse, aligned)]  # (V, K, 3)
-    curve = build_layout(first[0].reshape(1, -1, 3), dpa.voxel_size, dpa.patch).curves[0]
-    draw(*first, curve, "out/dpa.png")
-    print("picture: out/dpa.png")
+    figure.savefig("out/dpa.png", dpi=80)
+    print("wrote out/dpa.png")
 
 
 if __name__ == "__main__":

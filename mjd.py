@@ -36,6 +36,7 @@ from einops import rearrange, repeat
 from torch.utils.checkpoint import checkpoint
 
 SCALE_TOKENS, REGISTER_TOKENS = 2, 6   # t_s and t_r of Sec. 3.3
+PATCH = 2                              # latent pixels a token is wide and high
 
 # Sizes of the networks. The sizes of pictures and the training recipe are in train.py.
 PRESETS = {
@@ -74,6 +75,11 @@ def rms_norm(x, eps=1e-6):
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps).to(x.dtype)
 
 
+def modulate(x, shift, scale):
+    """rms_norm of x (..., D), scaled and shifted by the time: adaptive modulation."""
+    return rms_norm(x) * (1 + scale) + shift
+
+
 def timestep_embedding(t, dim):
     """Sinusoids of 1000 t: t (...,) in [0,1] -> (..., dim), float32."""
     frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
@@ -86,15 +92,13 @@ def rotary_table(frames, height, width, head_dim, device=None):
 
     The head is split over time, height and width as Wan does it (44/42/42 of 128).
     """
-    spatial = 2 * (head_dim // 6)
+    spatial, sides = 2 * (head_dim // 6), (frames, height, width)
+    place = torch.cartesian_prod(*(torch.arange(side, device=device) for side in sides))
     parts = []
-    for length, dim in ((frames, head_dim - 2 * spatial), (height, spatial), (width, spatial)):
+    for axis, dim in enumerate((head_dim - 2 * spatial, spatial, spatial)):
         frequency = 10000 ** (-torch.arange(0, dim, 2, device=device) / dim)
-        parts.append(torch.arange(length, device=device)[:, None] * frequency)
-    angle = torch.cat([
-        repeat(parts[0], "t d -> (t h w) d", h=height, w=width),
-        repeat(parts[1], "h d -> (t h w) d", t=frames, w=width),
-        repeat(parts[2], "w d -> (t h w) d", t=frames, h=height)], -1)
+        parts.append(place[:, axis, None] * frequency)
+    angle = torch.cat(parts, -1)                                             # (n h w, head_dim/2)
     return angle.cos(), angle.sin()
 
 
@@ -162,7 +166,7 @@ class VideoVAE(nn.Module):
 
     chunk_pixels = 2 ** 23           # of one pass without gradient: about 2 GB in float32
 
-    def __init__(self, strides=(4, 8, 8), channels=32, widths=(96, 192), depth=2):
+    def __init__(self, strides, channels, widths, depth):
         super().__init__()
         self.strides, self.channels = tuple(strides), channels
         frames, self.inner, outer = strides[0], 4, strides[1] // 4
@@ -203,26 +207,26 @@ class VideoVAE(nn.Module):
         return rearrange(video, "b c (n r) h w -> b n (r c) h w", r=r_n)
 
     def in_chunks(self, function, x, pixels):
-        """function(x (B,n,...)), in passes of few videos and groups where no gradient is needed.
+        """function(x (B,n,...)), video by video and a few groups at a time where x is large and no
+        gradient is needed.
 
-        pixels: of one group; a pass takes at most chunk_pixels. The same result, bit for bit
-        in float64 (in float32 torch's kernels for one picture sum in another order): a group sees
-        the one before it and nothing else, so a cut computes that one again.
+        pixels: of one group; a pass takes about chunk_pixels. The same result, bit for bit in
+        float64 (in float32 torch's kernels for one picture sum in another order): a group sees the
+        one before it and nothing else, so a cut computes that one again.
         """
-        if torch.is_grad_enabled() or x.shape[:2].numel() * pixels <= self.chunk_pixels:
+        groups = max(1, self.chunk_pixels // pixels)
+        if torch.is_grad_enabled() or x.shape[:2].numel() <= groups:
             return function(x)
-        groups = max(1, min(x.shape[1], self.chunk_pixels // pixels))
-        rows = x.split(max(1, self.chunk_pixels // (groups * pixels)))
         cuts = range(0, x.shape[1], groups)
         return torch.cat([torch.cat([function(row[:, max(cut - 1, 0):cut + groups])[:, cut > 0:]
-                                     for cut in cuts], 1) for row in rows])
+                                     for cut in cuts], 1) for row in x.split(1)])
 
     def moments(self, video):
         """(B,3,N,H,W) in [-1,1] -> mean, log variance (B,C,n,h,w), not normalised."""
         self.latent_size(*video.shape[2:])
         pixels = self.strides[0] * video.shape[3] * video.shape[4]
         both = self.in_chunks(self.encode_groups, self.group(video), pixels)
-        return [rearrange(m, "b n c h w -> b c n h w") for m in both.chunk(2, 2)]
+        return rearrange(both, "b n (two c) h w -> two b c n h w", two=2)
 
     def encode_groups(self, groups):
         """(B,n,r_n*3,H,W) -> mean and log variance in one, (B,n,2C,h,w)."""
@@ -255,24 +259,20 @@ class VideoVAE(nn.Module):
 
     def statistics(self, modality):
         """mean (C,1,1,1) and deviation of the latents of "video" or "motion"."""
-        if modality not in ("video", "motion"):
-            raise ValueError(f'expected modality "video" or "motion", got {modality!r}')
-        index = ("video", "motion").index(modality)
+        index = {"video": 0, "motion": 1}[modality]
         return self.latent_mean[index, :, None, None, None], self.latent_std[index]
 
     def encode(self, video, modality="video"):
-        """(B,3,N,H,W) in [-1,1] -> normalised latents (B,C,n,h,w), the mean of q(z|x)."""
+        """(...,3,N,H,W) in [-1,1] -> normalised latents (...,C,n,h,w), the mean of q(z|x)."""
         mean, std = self.statistics(modality)
-        return (self.moments(video)[0].float() - mean) / std
+        latents = (self.moments(video.flatten(0, -5))[0].float() - mean) / std
+        return latents.unflatten(0, video.shape[:-4])
 
     def decode(self, latents, modality="video"):
-        """Normalised latents (B,C,n,h,w) -> video (B,3,N,H,W), float32, not clamped to [-1,1]."""
+        """Normalised latents (...,C,n,h,w) -> video (...,3,N,H,W), float32, clamped to [-1,1]."""
         mean, std = self.statistics(modality)
-        return self.reconstruct(latents * std + mean).float()
-
-    def round_trip(self, video):
-        """Encoder and decoder: video (B,3,N,H,W) -> what is left of it, float32 in [-1,1]."""
-        return self.reconstruct(self.moments(video)[0]).float().clamp(-1, 1)
+        video = self.reconstruct((latents * std + mean).flatten(0, -5)).float()
+        return video.clamp(-1, 1).unflatten(0, latents.shape[:-4])
 
     def blue(self, latents):
         """What the linear decoder makes of the third colour, a pseudo video's depth: normalised
@@ -286,8 +286,7 @@ class VideoVAE(nn.Module):
         patches = rearrange(self.group(videos), "b n c (h y) (w x) -> (b n h w) (c y x)",
                             y=self.strides[1], x=self.strides[2]).double()
         centre = patches.mean(0)
-        covariance = (patches - centre).mT @ (patches - centre) / len(patches)
-        basis = torch.linalg.eigh(covariance).eigenvectors[:, -self.channels:].flip(-1)
+        basis = torch.linalg.eigh(torch.cov(patches.mT)).eigenvectors[:, -self.channels:].flip(-1)
         # Unit patches: a latent is the mean over its pixels rather than their sum.
         unit = math.sqrt(len(centre) / 16)
         self.linear_encode.weight.copy_(basis.mT / unit)
@@ -370,11 +369,10 @@ class TextEncoder(nn.Module):
         if longest > self.tokens:
             raise ValueError(f"expected a prompt of at most {self.tokens - 1} bytes, got "
                              f"{longest - 1}: shorten it to '<tool, action, target>'")
-        lengths = torch.tensor([[len(row)] for row in rows], device=device)
-        # Padding repeats the end mark; nobody looks at it, here or in the cross-attention.
         codes = torch.tensor([row + [256] * (self.tokens - len(row)) for row in rows],
                              device=device)
-        mask = torch.arange(self.tokens, device=device) < lengths
+        # Padding repeats the end mark; nobody looks at it, here or in the cross-attention.
+        mask = (codes == 256).cumsum(1) <= 1
         x = self.embedding(codes)                                             # (B, L, D)
         heads = self.attentions[0].heads
         rotary = rotary_table(self.tokens, 1, 1, x.shape[-1] // heads, device)
@@ -389,24 +387,22 @@ def mlp(dim, hidden):
     return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
 
+@functools.lru_cache(4)             # the same at every step, so it is made once
 class Layout:
-    """Where the tokens of one view are: [scale | register | video (n h w) | motion (n h w)].
-
-    spread: each token's row of the modulation table (one a video frame, the last for motion);
-    within: rotary tables of the T tokens (special tokens are not turned); across(V): those of the
-    h*w places of one frame, seen V times.
-    """
+    """Where the T tokens of one view are: [scale | register | video (n h w) | motion (n h w)]."""
 
     def __init__(self, frames, height, width, head_dim, device=None):
         self.special, self.frames = SCALE_TOKENS + REGISTER_TOKENS, frames
-        self.height, self.width, self.places = height, width, height * width
+        self.height, self.places = height, height * width
         cos, sin = rotary_table(frames, height, width, head_dim, device)
+        # Of the T tokens of a view (the special ones are not turned), of the places of one frame.
         self.within = (F.pad(cos.repeat(2, 1), (0, 0, self.special, 0), value=1.0),
                        F.pad(sin.repeat(2, 1), (0, 0, self.special, 0)))
         self.place = (cos[:self.places], sin[:self.places])
 
     def spread(self, rows):
-        """Modulation rows (B,V,n+1,D) -> one a token, (B,V,T,D)."""
+        """Modulation rows (B,V,n+1,D), one a video frame, the last for all else -> one a token,
+        (B,V,T,D)."""
         video = repeat(rows[:, :, :-1], "b v n d -> b v (n p) d", p=self.places)
         motion = rows[:, :, -1:].expand(-1, -1, self.special + video.shape[2], -1)
         return torch.cat([motion[:, :, :self.special], video, motion[:, :, self.special:]], 2)
@@ -414,13 +410,6 @@ class Layout:
     def across(self, views):
         """cos and sin (V h w, head_dim/2) for the attention over all views of one frame."""
         return tuple(table.repeat(views, 1) for table in self.place)
-
-
-@functools.lru_cache(4)
-def kept_layout(*arguments):
-    """The Layout of (n, h, w, head_dim, device): the same at every step, so it is made once."""
-    with torch.inference_mode(False):         # an inference tensor could not serve training later
-        return Layout(*arguments)
 
 
 class Block(nn.Module):
@@ -433,26 +422,17 @@ class Block(nn.Module):
         self.cross = CrossAttention(dim, heads)
         self.mlp = mlp(dim, hidden)
 
-    def read(self, text):
-        """What forward() takes as keys_values, of text (B,L,D): (B,heads,L,head_dim) each. Here and
-        not left to `cross`, since FSDP gathers the weights of whole blocks."""
-        return self.cross.read(text)
-
     def forward(self, x, modulation, layout, keys_values, text_mask, fused):
         """x (B,V,T,D); modulation (B,V,n+1,6,D): one row a video frame, the last for motion."""
         bias = torch.cat([self.modulation[:1].expand(layout.frames, -1, -1), self.modulation[1:]])
         rows = (modulation + bias).to(x.dtype).unbind(3)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = map(layout.spread, rows)
 
-        h = rms_norm(x) * (1 + scale) + shift                                 # (B, V, T, D)
-        x = x + gate * self.between_views(h, layout, fused)
-        h = rms_norm(x) * (1 + scale) + shift  # the paper's six rows: both attentions share three
-        x = x + gate * self.within_view(h, layout, fused)
-        batch, views = x.shape[:2]
-        x = rearrange(x, "b v t d -> b (v t) d")
-        x = x + self.cross(x, keys_values, text_mask, fused)
-        x = rearrange(x, "b (v t) d -> b v t d", v=views)
-        return x + gate_mlp * self.mlp(rms_norm(x) * (1 + scale_mlp) + shift_mlp)
+        # The paper's six rows: both attentions share three.
+        x = x + gate * self.between_views(modulate(x, shift, scale), layout, fused)
+        x = x + gate * self.within_view(modulate(x, shift, scale), layout, fused)
+        x = x + self.cross(x.flatten(1, 2), keys_values, text_mask, fused).view_as(x)
+        return x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp))
 
     def between_views(self, x, layout, fused):
         """Inter-view geometry attention of x (B,V,T,D): all views at one latent time, each
@@ -466,8 +446,7 @@ class Block(nn.Module):
 
     def within_view(self, x, layout, fused):
         """Intra-view spatiotemporal attention of x (B,V,T,D): all frames, both modalities."""
-        out = self.intra_view(x.flatten(0, 1), layout.within, fused)          # (B*V, T, D)
-        return out.unflatten(0, x.shape[:2])
+        return self.intra_view(x.flatten(0, 1), layout.within, fused).view_as(x)
 
 
 class Mend(nn.Module):
@@ -494,19 +473,25 @@ class Mend(nn.Module):
         both = self.second(F.silu(self.first(both))).float()
         correction, trust = rearrange(both, "(b v n) (k m c) h w -> k b v m c n h w", k=2, m=2,
                                       b=clean.shape[0], v=clean.shape[1])
-        video, motion = trust.unbind(2)
-        video = torch.where(video > 0, torch.minimum(scale * video, video.clamp_min(1)), video)
-        trust = torch.stack([video, motion], 2)
-        towards = 0.0 if guidance is None else trust * (guidance - clean)
-        return clean + towards + correction
+        if guidance is None:
+            return clean + correction
+        scale = trust.new_tensor([scale, 1.0])[:, None, None, None, None]     # of video, motion
+        trust = torch.where(trust > 0, torch.minimum(scale * trust, trust.clamp_min(1)), trust)
+        return clean + trust * (guidance - clean) + correction
+
+
+def prefers_fused(tokens, device):
+    """Which attention is faster: on a CPU the one by hand, for few tokens (README, Speed)."""
+    return device.type == "cuda" or tokens > 1000
 
 
 class MJD(nn.Module):
     """The multi-view joint diffusion transformer G_MJD (Sec. 3.3).
 
     channels: of the VAE's latents; dim, heads, depth, mlp: width, heads, blocks, hidden width;
-    text_tokens: longest prompt in bytes + 1; patch: latent pixels a token is wide and high.
-    fused and checkpointing can be switched at any time: same results, other time and memory.
+    text_tokens: longest prompt in bytes + 1.
+    fused (None: prefers_fused chooses) and checkpointing can be switched at any time: same results,
+    other time and memory.
     """
 
     # The scale is regressed in these units: s = scale_centre + 0.1 m * output. The buffer holds
@@ -516,22 +501,20 @@ class MJD(nn.Module):
     # predict v itself, 4 C = 192 noisy numbers a token would have to pass through the width D.
     prior_std = 0.4
 
-    def __init__(self, channels=32, dim=256, heads=8, depth=8, mlp=1024, text_tokens=64, patch=2):
+    def __init__(self, channels, dim, heads, depth, mlp, text_tokens):
         super().__init__()
-        self.channels, self.heads, self.patch = channels, heads, patch
-        self.fused, self.checkpointing = False, False
+        self.heads, self.fused, self.checkpointing = heads, None, False
         self.text = TextEncoder(dim, heads, text_tokens)
-        pixels = channels * patch ** 2
+        pixels = channels * PATCH ** 2
         self.embed = nn.ModuleList(nn.Linear(pixels, dim) for _ in range(2))      # video, motion
         # The refined motion guidance has a projection of its own. The paper adds it to z_Mpv,t
         # (Alg. 1, line 4); measured, the sum is ambiguous at low t (README, tried and dropped).
-        # [1] is that; [0] is for video tokens: references carried along the motion, beyond the
-        # paper.
+        # [1] is that; [0], beyond the paper, is for video tokens: references carried along.
         self.embed_guidance = nn.ModuleList(zero_init(nn.Linear(pixels, dim)) for _ in range(2))
         # Beyond the paper: z_I is shown to the tokens of all frames, not of the first alone, and
         # the rays come with the pixel's own position (which is a pseudo video's background).
         self.embed_reference = zero_init(nn.Linear(pixels, dim))
-        self.embed_rays = zero_init(nn.Linear(8 * patch ** 2, dim))
+        self.embed_rays = zero_init(nn.Linear(8 * PATCH ** 2, dim))
         # The scale depends on how far the camera is: scale and register tokens are told.
         self.embed_camera = zero_init(nn.Linear(4, dim))
         self.modality = nn.Parameter(torch.randn(2, dim) * 0.02)
@@ -554,23 +537,20 @@ class MJD(nn.Module):
         t = 0; guidance (B,V,2,C,n,h,w) or None: the references carried along the motion, for the
         video tokens, and z~ of Alg. 1 line 3, for the motion tokens; guidance_scale: scale of Mend.
         """
-        batch, views, _, frames, height, width = video.shape
-        if height % self.patch or width % self.patch:
-            raise ValueError(f"expected latents with h, w multiples of the patch {self.patch}, got "
-                             f"{height} x {width}: choose another picture size")
-        layout = kept_layout(frames, height // self.patch, width // self.patch,
-                             self.special.shape[-1] // self.heads, video.device)
+        frames, height, width = video.shape[3:]
+        layout = Layout(frames, height // PATCH, width // PATCH,
+                        self.special.shape[-1] // self.heads, video.device)
         reference = torch.where(given[..., None, None, None, None], video[:, :, :, :1], 0.0)
         x = self.tokens(video, motion, reference, rays, guidance)             # (B, V, T, D)
         modulation, head_row = self.modulations(t, given, frames)
+        fused = prefers_fused(x.shape[2], x.device) if self.fused is None else self.fused
         for block, keys_values in zip(self.blocks, text[0]):
-            arguments = (x, modulation, layout, keys_values, text[1], self.fused)
-            if self.checkpointing and self.training:
+            arguments = (x, modulation, layout, keys_values, text[1], fused)
+            if self.checkpointing:
                 x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(*arguments)
-        shift, scale = map(layout.spread, head_row.to(x.dtype).chunk(2, -1))
-        x = rms_norm(x) * (1 + scale) + shift
+        x = modulate(x, *map(layout.spread, head_row.to(x.dtype).chunk(2, -1)))
         visual = rearrange(x[:, :, layout.special:], "b v (m t) d -> m b v t d", m=2)
         clean = [self.unpatchify(head(y), layout) for head, y in zip(self.heads_out, visual)]
         clean[0] = clean[0] + reference      # untrained, it repeats the reference frame
@@ -583,7 +563,7 @@ class MJD(nn.Module):
         """B strings -> what forward() takes as `text`: for every block the keys and values
         (B,heads,L,head_dim) of its cross-attention, and the mask (B,L). Once is enough."""
         tokens, mask = self.text(prompts)
-        return [block.read(tokens) for block in self.blocks], mask
+        return [block.cross.read(tokens) for block in self.blocks], mask
 
     def velocity(self, noisy, estimate, t):
         """E[z_1 - z_0 | z_t] if z_0 ~ N(estimate, prior_std^2), (B,V,C,n,h,w), as in the DPA: near
@@ -616,12 +596,12 @@ class MJD(nn.Module):
     def patchify(self, latents):
         """(B,V,C,n,h,w) -> (B,V,n h/p w/p,C p p)."""
         return rearrange(latents, "b v c n (h y) (w x) -> b v (n h w) (c y x)",
-                         y=self.patch, x=self.patch)
+                         y=PATCH, x=PATCH)
 
     def unpatchify(self, tokens, layout):
         """The inverse of patchify: (B,V,n h/p w/p,C p p) -> (B,V,C,n,h,w), float32."""
         return rearrange(tokens.float(), "b v (n h w) (c y x) -> b v c n (h y) (w x)",
-                         n=layout.frames, h=layout.height, y=self.patch, x=self.patch)
+                         n=layout.frames, h=layout.height, y=PATCH, x=PATCH)
 
     def modulations(self, t, given, frames):
         """Rows for every token time: (B,V,n+1,6,D) of the blocks and (B,V,n+1,2D) of the head.
@@ -640,8 +620,7 @@ class MJD(nn.Module):
 def tokens_per_view(frames, height, width, preset):
     """Text, scale, register and visual tokens of a view of N x H x W pixels (Sec. 3.3)."""
     r_n, r_h, r_w = PRESETS[preset]["vae"]["strides"]
-    patch = PRESETS[preset]["mjd"].get("patch", 2)
-    visual = (1 + (frames - 1) // r_n) * (height // r_h // patch) * (width // r_w // patch)
+    visual = (1 + (frames - 1) // r_n) * (height // r_h // PATCH) * (width // r_w // PATCH)
     return PRESETS[preset]["mjd"]["text_tokens"] + SCALE_TOKENS + REGISTER_TOKENS + 2 * visual
 
 
@@ -653,101 +632,58 @@ def count_parameters(module):
 # --------------------------------------------------------------------------------------- lesson
 
 @torch.no_grad()
-def influence(function, x, groups):
-    """Which group of entries changes which: (G,G) relative change of column for a nudge of row."""
-    before = function(x)
-    change = torch.zeros(len(groups), len(groups))
-    for row, group in enumerate(groups):
-        nudged = x.clone()
-        nudged[group] += torch.randn_like(nudged[group])
-        difference = function(nudged) - before
-        change[row] = torch.stack([difference[column].norm() for column in groups])
+def influence(attend, layout, dim, views=3):
+    """How far a nudge of each group of tokens (row) moves every group (column): (G,G), at most 1.
+    A group is a modality, a latent frame and a view; attend: tokens (G,V,T,D) -> the same."""
+    sizes = dict(m=2, n=layout.frames, v=views, p=layout.places)
+    one = repeat(torch.eye(2 * layout.frames * views), "g (m n v) -> g v (m n p) 1", **sizes)
+    x = torch.randn(1, views, layout.special + one.shape[2], dim)
+    nudge = F.pad(one, (0, 0, layout.special, 0)) * torch.randn_like(x)       # one group a row
+    change = (attend(x + nudge) - attend(x))[:, :, layout.special:]
+    change = rearrange(change, "g v (m n p) d -> g (m n v) (p d)", **sizes).norm(dim=-1)
     return change / change.amax()
 
 
-@torch.no_grad()
-def attention_patterns(views=3):
-    """Measured influence matrices of inter-view and intra-view attention of one `small` block, and
-    of video frames on VAE latents; rows and columns are (modality, view, latent frame)."""
-    torch.manual_seed(0)
-    size = PRESETS["small"]["mjd"]
-    block = Block(size["dim"], size["heads"], size["mlp"])
-    layout = Layout(4, 4, 6, size["dim"] // size["heads"])
-    x = torch.randn(1, views, len(layout.within[0]), size["dim"])
-    starts = [layout.special + layout.places * i for i in range(2 * layout.frames)]
-    groups = [(slice(None), view, slice(start, start + layout.places))
-              for start in starts for view in range(views)]
-    between = influence(lambda y: block.between_views(y, layout, False), x, groups)
-    within = influence(lambda y: block.within_view(y, layout, False), x, groups)
-    vae = VideoVAE(**PRESETS["tiny"]["vae"])
-    for layer in (vae.encode_mix.mix, vae.to_mean):           # which start at zero
-        nn.init.normal_(layer.weight, std=0.1)
-    video = torch.randn(1, 3, 13, 16, 16)
-    before = vae.moments(video)[0]
-    nudges = torch.randn_like(video) * torch.eye(13)[:, None, :, None, None]     # a frame each
-    causal = (vae.moments(video + nudges)[0] - before).square().sum((1, 3, 4))
-    return between, within, causal / causal.max()
-
-
-def lesson_picture(patterns, path):
-    """The three influence matrices side by side."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    titles = ("inter-view attention: all views, one time,\none modality",
-              "intra-view attention: one view, all times,\nboth modalities",
-              "VAE: frame (row) -> latent frame (column),\nnothing sees the future")
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.8), layout="constrained")
-    for axis, pattern, title in zip(axes, patterns, titles):
-        axis.imshow(pattern.sqrt(), cmap="magma", aspect="auto")
-        axis.set_title(title, fontsize=10)
-    for axis in axes[:2]:
-        names = [f"{m} t{n}" for m in ("video", "motion") for n in range(4)]
-        axis.set_xticks(range(1, 24, 3), names, rotation=90)
-        axis.set_yticks(range(1, 24, 3), names)
-        axis.set(xlabel="changed group (three views each)", ylabel="nudged group")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-
-
 def lesson():
-    """Sizes of the `small` and the `paper` network, and who attends to whom."""
-    import time
+    """The paper's size, shapes through the `small` networks, and who attends to whom."""
     from pathlib import Path
+
+    from matplotlib.figure import Figure       # here, so that importing mjd.py stays quick
+    torch.manual_seed(0)
     with torch.device("meta"):
         paper = MJD(PRESETS["paper"]["vae"]["channels"], **PRESETS["paper"]["mjd"])
-    text = count_parameters(paper.text)
-    tokens = tokens_per_view(49, 480, 704, "paper")
+    text, tokens = count_parameters(paper.text), tokens_per_view(49, 480, 704, "paper")
     print(f"paper preset, 3 x 49 x 480 x 704: {tokens:,} tokens a view, "
           f"{(count_parameters(paper) - text) / 1e9:.2f} B parameters "
           f"+ text encoder {text / 1e9:.2f} B")
 
     vae = VideoVAE(**PRESETS["small"]["vae"])
     mjd = MJD(vae.channels, **PRESETS["small"]["mjd"])
-    print(f"small preset, 3 x 13 x 64 x 96: {tokens_per_view(13, 64, 96, 'small')} tokens a view; "
-          f"VAE {count_parameters(vae) / 1e6:.2f} M, MJD {count_parameters(mjd) / 1e6:.2f} M")
-    video = torch.rand(3, 3, 13, 64, 96) * 2 - 1
+    video, given = torch.rand(3, 3, 13, 64, 96) * 2 - 1, torch.tensor([[True, False, False]])
     with torch.no_grad():
         latents = vae.encode(video)[None]
-        start = time.perf_counter()
-        given = torch.tensor([[True, False, False]])
         out = mjd(latents, latents, torch.tensor([0.5]), mjd.encode_text(["<spoon, stir, bowl>"]),
                   torch.randn(1, 3, 6, 64, 96), given)
-        seconds = time.perf_counter() - start
-    print(f"video {tuple(video.shape)} -> latents {tuple(latents.shape)} -> velocities "
-          f"{tuple(out[0].shape)}, {tuple(out[1].shape)}, scale {tuple(out[2].shape)}; "
-          f"one forward pass in fp32 {seconds:.2f} s")
+    print(f"small preset: VAE {count_parameters(vae) / 1e6:.2f} M, MJD "
+          f"{count_parameters(mjd) / 1e6:.2f} M; video {tuple(video.shape)} -> latents "
+          f"{tuple(latents.shape)} -> velocities and scale {[tuple(x.shape) for x in out]}")
 
-    patterns = attention_patterns()
-    view, time_of = torch.arange(24) % 3, torch.arange(24) // 3
-    for name, pattern in zip(("inter-view", "intra-view"), patterns):
-        other_view = pattern[view[:, None] != view[None]].max()
-        other_time = pattern[time_of[:, None] % 4 != time_of[None] % 4].max()
-        print(f"{name} attention: largest influence on another view {other_view:.2f}, "
-              f"on another time {other_time:.2f}")
-    future = max(patterns[2][n, :(n + 3) // 4].max().item() for n in range(1, 13))
-    print(f"VAE: largest influence of a frame on an earlier latent frame {future:.2f}")
-    lesson_picture(patterns, Path("out/mjd.png"))
+    figure, layout = Figure(figsize=(9, 4.8), layout="constrained"), Layout(4, 4, 6, 64)
+    view, frame = torch.arange(24) % 3, torch.arange(24) // 3 % 4
+    names = [f"{modality} t{n}" for modality in ("video", "motion") for n in range(4)]
+    for axis, name, attend in zip(figure.subplots(1, 2), ("inter-view", "intra-view"),
+                                  (mjd.blocks[0].between_views, mjd.blocks[0].within_view)):
+        pattern = influence(lambda x: attend(x, layout, False), layout, 384)
+        print(f"{name} attention: largest influence on another view "
+              f"{pattern[view[:, None] != view].max():.2f}, on another time "
+              f"{pattern[frame[:, None] != frame].max():.2f}")
+        axis.imshow(pattern.sqrt(), cmap="magma")
+        axis.set_xticks(range(1, 24, 3), names, rotation=90)
+        axis.set_yticks(range(1, 24, 3), names)
+        axis.set(title=f"{name} attention", xlabel="changed group (three views each)",
+                 ylabel="nudged group")
+    Path("out").mkdir(exist_ok=True)
+    figure.savefig("out/mjd.png", dpi=100)
     print("wrote out/mjd.png")
 
 

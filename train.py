@@ -16,6 +16,7 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")    # before torch: README, Speed, "shared machine"
 
 import argparse
+import copy
 import functools
 import itertools
 import json
@@ -32,25 +33,26 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.distributed as dist
+from matplotlib.figure import Figure
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from cycle import (DDIMScheduler, align, bf16_is_faster, build_models, decode, diffuse, dpa_losses,
-                   draw, encode, encode_sample, fold, joint_losses, load_models, mjd_losses,
-                   moving_psnr, read_tracks, sample, true_anchors)
+from cycle import (Models, align, bf16_is_faster, diffuse, dpa_losses, draw, encode_sample, fold,
+                   joint_losses, load_models, mjd_losses, moving_psnr, sample_scenes, seconds_of,
+                   true_anchors, views_to_batch)
 from data import FOREGROUND_THRESHOLD, TACO, SyntheticHOI, film_strip, stable_hash
 from dpa import DPA
-from mjd import (MJD, PRESETS, REGISTER_TOKENS, SCALE_TOKENS, Block, Layout, VideoVAE,
-                 count_parameters, tokens_per_view)
+from mjd import (MJD, PATCH, PRESETS, REGISTER_TOKENS, SCALE_TOKENS, Block, Layout, VideoVAE,
+                 count_parameters, prefers_fused, tokens_per_view)
 
-STAGES = ("vae", "base", "dpa", "joint")
+STAGES = {"vae": ["vae"], "base": ["mjd"], "dpa": ["dpa"], "joint": ["mjd", "dpa"]}   # trains what
 SHIPPED = Path(__file__).parent / "weights"
 
 # What a preset trains on, how fast (peak learning rate of each network) and for how long.
 RECIPES = {
-    "tiny": dict(size=(32, 48), frames=5, views=2, tracks=32,
+    "tiny": dict(size=(32, 48), frames=5, views=2, tracks=32, scenes=0,
                  rate=dict(vae=1e-3, mjd=1e-3, dpa=3e-3), batch=2,
                  steps=dict(vae=40, base=40, dpa=40, joint=40),
                  dpa=dict(dim=32, depth=2, heads=2, patch=32)),
@@ -58,11 +60,11 @@ RECIPES = {
                   rate=dict(vae=1e-3, mjd=8e-4, dpa=2e-3), batch=4,
                   steps=dict(vae=700, base=500, dpa=150, joint=750),    # an hour on two CPU cores
                   dpa=dict(dim=96, depth=3, heads=2, patch=64)),
-    "taco": dict(size=(256, 384), frames=25, views=3, tracks=1024,
+    "taco": dict(size=(256, 384), frames=25, views=3, tracks=1024, scenes=0,
                  rate=dict(vae=5e-4, mjd=2e-4, dpa=5e-4), batch=1,
                  steps=dict(vae=50_000, base=40_000, dpa=20_000, joint=60_000), checkpointing=True,
                  dpa=dict(dim=192, depth=6, heads=6, patch=128)),
-    "paper": dict(size=(480, 704), frames=49, views=3, tracks=1600,
+    "paper": dict(size=(480, 704), frames=49, views=3, tracks=1600, scenes=0,
                   rate=dict(vae=2e-4, mjd=1e-4, dpa=2e-4), batch=1,
                   steps=dict(vae=100_000, base=5_000, dpa=5_000, joint=30_000), checkpointing=True,
                   dpa=dict(dim=256, depth=8, heads=8, patch=256)),
@@ -125,8 +127,7 @@ def parse(arguments=None):
         if entry.type is bool:
             parser.add_argument(flag, action="store_true", help=entry.metadata["help"])
         else:
-            parser.add_argument(flag, type=entry.type, default=entry.default,
-                                metavar=entry.name.upper(), **entry.metadata)
+            parser.add_argument(flag, type=entry.type, default=entry.default, **entry.metadata)
 
     def refuse(message):                      # one sentence instead of argparse's usage
         raise ValueError(message + ": see python train.py --help")
@@ -154,40 +155,35 @@ def parse(arguments=None):
 
 # ----------------------------------------------------------------------------------------- data
 
-class StepSampler(Sampler):
-    """Scene indices from step `start` on, in an order that depends on the seed alone: a resumed run
-    sees what an uninterrupted one would have seen, and the processes of a group (rank, world) see
-    together what one would have seen. count: scenes a step and process."""
+@functools.lru_cache(2)
+def epoch_order(scenes, seed, epoch):
+    """The scenes of an epoch: a list of indices, each once."""
+    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+    return torch.randperm(scenes, generator=generator).tolist()
 
-    def __init__(self, scenes, seed, start, count, group=(0, 1)):
-        self.scenes, self.seed, self.count, self.group = scenes, seed, count, group
-        self.start = start * count * group[1]
 
-    def __iter__(self):
-        (rank, world), order = self.group, None
-        for place in itertools.count(self.start):
-            epoch, index = divmod(place, self.scenes)
-            if order is None or index == 0:                # every epoch has an order of its own
-                generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
-                order = torch.randperm(self.scenes, generator=generator).tolist()
-            if place // self.count % world == rank:
-                yield order[index]
+def scene_order(scenes, seed, start, count, group=(0, 1)):
+    """Endless: the `count` scene indices of every step from `start` on. They depend on the seed
+    alone: a resumed run sees what an uninterrupted one would have seen, and the processes of a
+    group (rank, world) see together what one would have seen."""
+    rank, world = group
+    for step in itertools.count(start):
+        first = (step * world + rank) * count
+        yield [epoch_order(scenes, seed, place // scenes)[place % scenes]
+               for place in range(first, first + count)]
 
 
 def make_dataset(settings, recipe, split):
     """The data set of a run at its size."""
-    limit, device = recipe.get("scenes", 0) if split == "train" else 0, pick_device(settings)
-    keep = limit and device.type == "cpu"                     # a GPU renders them again
-    shape = dict(size=recipe["size"], frames=recipe["frames"], views=recipe["views"],
-                 tracks=recipe["tracks"], seed=settings.seed,
-                 cache=settings.cache or (f"{settings.out}/scenes" if keep else None))
+    limit, device = recipe["scenes"] if split == "train" else 0, pick_device(settings)
+    kept = f"{settings.out}/scenes" if limit and device.type == "cpu" else None    # a GPU: anew
+    shape = {key: recipe[key] for key in ("size", "frames", "views", "tracks")}
+    shape |= dict(seed=settings.seed, cache=settings.cache or kept)
     if settings.data == "taco":
         return TACO(settings.data_root, settings.mano_dir, split,
                     split_file=settings.split_file or None,
                     draws=settings.draws if split == "train" else 1, **shape)
-    if limit:
-        shape["length"] = limit
-    return SyntheticHOI(split, device=device, **shape)
+    return SyntheticHOI(split, device=device, length=limit, **shape)
 
 
 class EncodedScenes(Dataset):
@@ -212,16 +208,13 @@ class EncodedScenes(Dataset):
 
 
 def batches(dataset, order, workers, device):
-    """An endless stream of collated samples on the device, in the order of a StepSampler."""
+    """Endless: collated samples on the device, in the order of scene_order()."""
     if isinstance(dataset, SyntheticHOI) and device.type == "cuda" and not dataset.cache:
-        indices = iter(order)
-        while True:                                       # the GPU renders its own scenes
-            yield dataset.batch([next(indices) for _ in range(order.count)])
+        yield from map(dataset.batch, order)                  # the GPU renders its own scenes
     if isinstance(dataset, EncodedScenes):
         workers = 0                                       # this process has the VAE and the latents
-    loader = DataLoader(dataset, order.count, sampler=order, num_workers=workers,
-                        pin_memory=device.type == "cuda", persistent_workers=workers > 0)
-    for batch in loader:
+    for batch in DataLoader(dataset, batch_sampler=order, num_workers=workers,
+                            pin_memory=device.type == "cuda"):
         yield to_device(batch, device)
 
 
@@ -229,13 +222,6 @@ def to_device(batch, device):
     """The sample dict with its tensors on the device."""
     return {key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
             for key, value in batch.items()}
-
-
-def views_to_batch(batch):
-    """(B,V,...) -> (B*V,1,...): every view is a sample of its own."""
-    views = batch["tracks"].shape[1]
-    single = {key: value.flatten(0, 1)[:, None] for key, value in batch.items() if key != "prompt"}
-    return single | {"prompt": [prompt for prompt in batch["prompt"] for _ in range(views)]}
 
 
 # --------------------------------------------------------------------------------------- losses
@@ -257,33 +243,24 @@ def vae_losses(vae, batch, generators, foreground_weight=4.0):
 
 
 @torch.no_grad()
-def measure_latents(vae, stream, scenes):
+def measure_latents(vae, batches):
     """Sets the VAE's latent statistics: a mean per modality and channel, one deviation each."""
-    vae.latent_mean.zero_(), vae.latent_std.fill_(1.0)
-    found = {"video": [], "pseudo": []}
-    while sum(map(len, found["video"])) < scenes * 2:
-        batch = next(stream)
-        for key, latents in found.items():
-            latents.append(encode(vae, batch[key], "video").flatten(0, 1))
-    for index, latents in enumerate(torch.cat(latents) for latents in found.values()):
-        mean = latents.mean((0, 2, 3, 4))
-        vae.latent_mean[index] = mean
-        vae.latent_std[index] = (latents - mean[:, None, None, None]).std()
+    found = [[vae.moments(fold(batch[key]))[0].float() for key in ("video", "pseudo")]
+             for batch in batches]
+    for index, latents in enumerate(map(torch.cat, zip(*found))):
+        vae.latent_mean[index] = latents.mean((0, 2, 3, 4))
+        vae.latent_std[index] = (latents - vae.latent_mean[index, :, None, None, None]).std()
 
 
-@torch.no_grad()
-def measure_units(models, stream, scenes):
+def measure_units(models, batches):
     """Sets what the networks reckon from: MJD.scale_centre, the mean depth range in metres, and
     DPA.scene_centre, the mean place of the tracks in the world."""
-    found = []
-    while sum(len(batch["prompt"]) for batch in found) < scenes:
-        found.append(next(stream))
-    scale, tracks = (torch.cat([batch[key] for batch in found]) for key in ("scale", "tracks"))
+    scale, tracks = map(torch.cat, zip(*((batch["scale"], batch["tracks"]) for batch in batches)))
     models.mjd.scale_centre.copy_(scale.mean((0, 1)))
     models.dpa.scene_centre.copy_(tracks.mean((0, 1, 2, 3)))
 
 
-def stage_losses(stage, models, batch, scheduler, settings, generators, chance):
+def stage_losses(stage, models, batch, settings, generators, chance):
     """The loss parts of one step of a stage. All randomness: generators, one a sample, and two
     numbers `chance` in [0,1] that are the same in all processes."""
     if stage == "vae":
@@ -292,16 +269,15 @@ def stage_losses(stage, models, batch, scheduler, settings, generators, chance):
         views = batch["tracks"].shape[1]      # in joint it keeps the single-view model alive
         batch, generators = views_to_batch(batch), [g for g in generators for _ in range(views)]
     if stage == "base":                       # single-view image-to-video warm-up (Sec. 4.2)
-        return joint_losses(models, batch, scheduler, use_dpa=False, generators=generators)
+        return joint_losses(models, batch, generators, "none")
     if stage == "dpa":                        # on the clean estimates of the MJD as it is
         with torch.no_grad():
-            noisy = diffuse(models, batch, scheduler, generators=generators)
-            _, motion, scale = mjd_losses(models, noisy, scheduler)
-        return dpa_losses(models, noisy, scheduler, motion, scale)
+            noisy = diffuse(models, batch, generators)
+            _, motion, scale = mjd_losses(models, noisy)
+        return dpa_losses(models, noisy, motion, scale)
     alone, guided = settings.guidance_dropout, settings.true_tracks
-    return joint_losses(models, batch, scheduler, generators=generators,
-                        use_dpa=bool(chance[1] >= alone + guided),
-                        true_tracks=bool(alone <= chance[1] < alone + guided))
+    guide = "none" if chance[1] < alone else "truth" if chance[1] < alone + guided else "loop"
+    return joint_losses(models, batch, generators, guide)
 
 
 # ------------------------------------------------------------------------ more than one process
@@ -319,8 +295,7 @@ def join_group(device):
         return 0, 1
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -330,9 +305,10 @@ def shard(models, device, world):
     mesh = dist.device_mesh.init_device_mesh(device.type, (world,))
     for network in (models.mjd, models.dpa):
         for block in network.blocks:
+            if network is models.mjd:     # its text is read once, before the blocks
+                fully_shard(block.cross, mesh=mesh)
+                register_fsdp_forward_method(block.cross, "read")
             fully_shard(block, mesh=mesh)
-            if network is models.mjd:     # for its text, a block is gathered once more
-                register_fsdp_forward_method(block, "read")
         fully_shard(network, mesh=mesh)
     register_fsdp_forward_method(models.mjd, "encode_text")
 
@@ -351,11 +327,6 @@ def split_like(value, example):
 
 # --------------------------------------------------------------------------------------- trainer
 
-def trained_networks(models, stage):
-    """Names of the networks that a stage trains."""
-    return {"vae": ["vae"], "base": ["mjd"], "dpa": ["dpa"], "joint": ["mjd", "dpa"]}[stage]
-
-
 def learning_rate(progress, warmup=0.02):
     """Share of the peak rate at progress in [0,1]: linear warm-up, cosine to a twentieth."""
     decay = 0.05 + 0.95 * (0.5 + 0.5 * math.cos(math.pi * progress))
@@ -371,20 +342,19 @@ class Trainer:
         self.group = self.rank, self.world = join_group(self.device)
         self.say = functools.partial(print, flush=True) if self.rank == 0 else lambda line: None
         self.recipe = make_recipe(settings)
-        self.scheduler = DDIMScheduler("flow")
         self.out.mkdir(parents=True, exist_ok=True)
-        self.interrupted, self.held_out = False, None      # by Ctrl-C; scenes of validate()
+        self.asked_to_stop = self.interrupted = False      # by Ctrl-C: here, in some process
         self.load()
-        self.bf16 = settings.precision == "bf16"
-        if settings.precision == "auto":      # measured once: a resumed run keeps to it
-            kept = self.state.get("bf16") if settings.resume else None
-            self.bf16 = bf16_is_faster(self.device) if kept is None else kept
-            self.bf16 = self.mean(float(self.bf16)) == 1      # all processes alike
+        if settings.precision != "auto":
+            self.bf16 = settings.precision == "bf16"
+        elif settings.resume:                 # measured once: a resumed run keeps to it
+            self.bf16 = self.state["bf16"]
+        else:
+            self.bf16 = self.mean(bf16_is_faster(self.device)) == 1           # all processes alike
         self.autocast = autocast(self.device, self.bf16)
         self.announce()
         save_memory = settings.checkpointing or self.recipe.get("checkpointing", False)
         self.models.mjd.checkpointing = self.models.dpa.checkpointing = save_memory
-        self.models.mjd.fused = prefers_fused(self.device, settings.preset, self.recipe)
         if settings.compile:                  # by block: all blocks share one compiled program
             for block in self.models.mjd.blocks:
                 block.compile()
@@ -393,47 +363,42 @@ class Trainer:
 
     def load(self):
         """Networks from the run folder, else the shipped weights, else new; says which."""
-        torch.manual_seed(self.settings.seed)
-        path = self.out / "checkpoint.pt"
-        shipped = SHIPPED / f"{self.settings.preset}.pt"
-        self.state = None
+        settings, path = self.settings, self.out / "checkpoint.pt"
+        torch.manual_seed(settings.seed)
+        shipped = SHIPPED / f"{settings.preset}.pt"
+        loaded, source, self.state = None, "new weights", None
         if path.exists():
-            loaded, source = load_models(path), f"{path}"
+            loaded, source = load_models(path), path
             self.state = torch.load(path, map_location="cpu", weights_only=True)
-        elif self.settings.resume:
+            if settings.resume and "optimiser" not in self.state:
+                raise ValueError(f"--resume: expected the checkpoint of a run in {path}, got "
+                                 "weights alone: leave --resume out to start from them")
+        elif settings.resume:
             raise ValueError(f"--resume: expected {path}, found none: leave --resume out to start")
-        elif self.settings.stage in ("vae", "all") or not shipped.exists():
-            loaded, source = None, "new weights"
-        else:
+        elif settings.stage not in ("vae", "all") and shipped.exists():
             loaded, source = load_models(shipped), f"the shipped {shipped.name}"
-        config = make_config(self.settings.preset, self.recipe)
-        self.models, self.fresh = loaded or build_models(config), loaded is None
-        config["trained"] = self.models.config.get("trained", [])
+        config = make_config(settings.preset, self.recipe)
+        self.models, self.fresh = loaded or Models(config), loaded is None
         for name in self.models.networks:
             if self.models.config[name] != config[name]:
-                raise ValueError(f"--preset {self.settings.preset}: {source} was made with other "
+                raise ValueError(f"--preset {settings.preset}: {source} was made with other "
                                  f"settings of {name}: give another --out")
-        self.models.config = config
-        self.models.to(self.device)
-        for network in self.models.networks.values():
-            network.requires_grad_(True)
-        if self.world > 1:
-            shard(self.models, self.device, self.world)
-        self.average = {name: {key: value.clone() for key, value in network.state_dict().items()}
-                        for name, network in self.models.networks.items()}
-        if self.state and "average" in self.state:
-            for name, saved in self.state["average"].items():
-                for key, value in saved.items():
-                    self.average[name][key] = split_like(value, self.average[name][key])
+        self.models.config = config | {"trained": self.models.config.get("trained", [])}
+        self.averaged = copy.deepcopy(self.models).eval().requires_grad_(False)
+        for name, saved in (self.state or {}).get("average", {}).items():
+            self.averaged.networks[name].load_state_dict(saved)
+        for models in (self.models, self.averaged):
+            models.to(self.device)
+            if self.world > 1:
+                shard(models, self.device, self.world)
         self.say(f"starting from {source}")
 
     def begin(self, stage):
         """Optimiser of a stage; from the checkpoint if it was saved within this stage."""
-        self.stage, self.step, self.stopping = stage, 0, False
-        self.found = {}, torch.zeros(())                 # loss parts and gradient norm of a step
+        self.stage, self.step, self.names = stage, 0, STAGES[stage]
+        self.found = {}                            # loss parts and gradient norm of a step
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        self.names = trained_networks(self.models, stage)
         warmed = 0.5 if stage == "joint" else 1.0                 # it starts from trained networks
         groups = [dict(params=list(self.models.networks[name].parameters()),
                        peak=self.settings.rate or warmed * self.recipe["rate"][name])
@@ -443,7 +408,7 @@ class Trainer:
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimiser = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.01,
                                            fused=True)
-        if self.settings.resume and self.state and self.state["stage"] == stage:
+        if self.settings.resume and self.state["stage"] == stage:
             moments = {number: {key: split_like(value, self.parameters[number])
                                 for key, value in saved.items()}
                        for number, saved in self.state["optimiser"]["state"].items()}
@@ -455,9 +420,10 @@ class Trainer:
         """checkpoint.pt and weights.pt, each under its final name only when it is whole. They are
         the same files, whatever the number of processes; the first one writes them."""
         self.check_finite()
-        networks = {name: network.state_dict() for name, network in self.models.networks.items()}
+        networks, average = ({name: network.state_dict() for name, network in m.networks.items()}
+                             for m in (self.models, self.averaged))
         state = tree_map(whole, networks | dict(
-            config=self.models.config, average=self.average, optimiser=self.optimiser.state_dict(),
+            config=self.models.config, average=average, optimiser=self.optimiser.state_dict(),
             stage=self.stage, step=self.step, bf16=self.bf16))
         if self.rank:
             return
@@ -480,18 +446,19 @@ class Trainer:
         if stage != "vae" and self.recipe["scenes"]:
             dataset = EncodedScenes(dataset, self.models.vae, self.autocast)
 
-        def scenes(step, group=(0, 1)):       # by default the same ones in all processes
-            order = StepSampler(len(dataset), self.settings.seed, step, self.recipe["batch"], group)
+        def stream(step, group=(0, 1)):       # by default the same scenes in all processes
+            order = scene_order(len(dataset), self.settings.seed, step, self.recipe["batch"], group)
             return batches(dataset, order, self.settings.workers, self.device)
         if self.step == 0:
-            self.first_batch(scenes(0))
-        stream = scenes(self.step, self.group)
+            self.first_scenes(stream(0))
+        scenes, progress = stream(self.step, self.group), 0.0
         self.started, self.first_step = time.perf_counter(), self.step
-        while self.step < steps and not self.stopping:
+        while self.step < steps and progress < 1:
             progress = self.progress(steps)
-            line = self.train_step(next(stream), progress)
+            if self.interrupted:
+                break
+            line = self.train_step(next(scenes), progress)
             self.step += 1
-            self.stopping |= progress >= 1
             if self.step % self.settings.log_every == 0 or self.step in (1, steps):
                 self.log(line, steps)
             if self.settings.sample_every and self.step % self.settings.sample_every == 0:
@@ -499,35 +466,39 @@ class Trainer:
             if self.step % self.settings.save_every == 0:
                 self.save()
         if stage == "vae":
-            measure_latents(self.models.vae, scenes(self.step), 16)
-            self.reset_average("vae", "latent_mean", "latent_std")
+            count = math.ceil(32 / self.recipe["batch"] / self.recipe["views"])
+            measure_latents(self.averaged.vae, itertools.islice(stream(self.step), count))
+            for mine, its in zip(self.models.vae.buffers(), self.averaged.vae.buffers()):
+                mine.copy_(its)
         self.finish_stage()
 
     def progress(self, steps):
-        """Share of the stage that is over, by steps or by --minutes, whichever is further."""
+        """Share of the stage that is over, by steps or by --minutes, whichever is further. All
+        processes decay and stop together, at the same step."""
         spent = (time.perf_counter() - self.started) / 60
         by_time = spent / self.settings.minutes if self.settings.minutes else 0.0
-        progress = min(1.0, max(self.step / steps, by_time))
-        if self.world > 1:                    # all processes decay and stop together
-            common = torch.tensor([progress, float(self.stopping)], device=self.device)
+        progress, self.interrupted = min(1.0, max(self.step / steps, by_time)), self.asked_to_stop
+        if self.world > 1:
+            common = torch.tensor([progress, self.interrupted], dtype=torch.float64,
+                                  device=self.device)
             dist.all_reduce(common, dist.ReduceOp.MAX)
-            progress, self.stopping = common[0].item(), self.stopping or common[1].item() > 0
+            progress, self.interrupted = common[0].item(), common[1].item() > 0
         return progress
 
-    def first_batch(self, stream):
+    def first_scenes(self, stream):
         """A new VAE starts from the principal components of some scenes; networks that have not
         seen this data set yet, from its units."""
         seen = any(entry["data"] == self.settings.data and entry["stage"] != "vae"
                    for entry in self.models.config["trained"])
-        if self.stage != "vae" and not seen:
-            measure_units(self.models, stream, 16)
-            self.reset_average("mjd", "scale_centre")
-            self.reset_average("dpa", "scene_centre")
         if self.stage == "vae" and self.fresh:
             scenes = [next(stream) for _ in range(4)]
             videos = torch.cat([fold(s[key]) for s in scenes for key in ("video", "pseudo")])
             self.models.vae.init_from(videos)
-            self.reset_average("vae", *self.average["vae"])
+            self.averaged.vae.load_state_dict(self.models.vae.state_dict())
+        elif self.stage != "vae" and not seen:
+            found = list(itertools.islice(stream, math.ceil(16 / self.recipe["batch"])))
+            for models in (self.models, self.averaged):
+                measure_units(models, found)
 
     def train_step(self, batch, progress):
         """One optimiser step; the loss parts, gradient norm and rate for the log."""
@@ -535,7 +506,7 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = share * group["peak"]
         with self.autocast:
-            parts = stage_losses(self.stage, self.models, batch, self.scheduler, self.settings,
+            parts = stage_losses(self.stage, self.models, batch, self.settings,
                                  *self.randomness(len(batch["prompt"])))
         loss = sum(parts.values())
         self.optimiser.zero_grad(set_to_none=True)
@@ -544,19 +515,18 @@ class Trainer:
             for parameter in self.parameters:
                 dist.all_reduce(parameter.grad.div_(self.world))
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, 1.0))
-        parts = {key: value.detach() for key, value in parts.items()}
-        self.found = parts, norm.detach()
+        self.found = {key: value.detach() for key, value in (parts | {"gradient": norm}).items()}
         if self.device.type == "cpu" or self.step % self.settings.log_every == 0:
             self.check_finite()               # on a GPU now and then: it waits for the result
         self.optimiser.step()
         self.update_average()
-        return parts | {"gradient": self.found[1], "rate": share}
+        return self.found | {"rate": share}
 
     def randomness(self, count):
         """A generator for each of this process's samples of the step, and two numbers in [0,1] for
         all. They depend on seed, stage and step alone: a resumed run needs no state of them."""
         def generator(*numbers):
-            seed = stable_hash(self.settings.seed, STAGES.index(self.stage), *numbers)
+            seed = stable_hash(self.settings.seed, list(STAGES).index(self.stage), *numbers)
             return torch.Generator().manual_seed(seed)
         first = (self.step * self.world + self.rank) * count
         return ([generator(1, first + place) for place in range(count)],
@@ -564,29 +534,22 @@ class Trainer:
 
     def check_finite(self):
         """Stops before the step, or the checkpoint, that would spoil the weights."""
-        parts, norm = self.found
-        bad = [key for key, value in parts.items() if not torch.isfinite(value)]
-        if bad or not torch.isfinite(norm):
-            path = self.out / "checkpoint.pt"
-            kept = f"the last good state is in {path}, resume" if path.exists() else "start again"
-            raise ValueError(f"{self.stage} step {self.step}: expected finite losses, got "
-                             f"{', '.join(bad) or 'the gradient'} = nan or inf (gradient norm "
-                             f"{norm:.3g}); {kept} with a lower --rate")
+        if all(map(torch.isfinite, self.found.values())):
+            return
+        path = self.out / "checkpoint.pt"
+        found = ", ".join(f"{key} {value:.3g}" for key, value in self.found.items())
+        kept = f"the last good state is in {path}, resume" if path.exists() else "start again"
+        raise ValueError(f"{self.stage} step {self.step}: expected finite numbers, got {found}; "
+                         f"{kept} with a lower --rate")
 
     @torch.no_grad()
     def update_average(self, decay=0.999):
         """Exponential moving average of the weights; young runs forget faster."""
         decay = min(decay, (1 + self.step) / (10 + self.step))
         for name in self.names:
-            for key, value in self.models.networks[name].state_dict().items():
-                if value.is_floating_point():
-                    self.average[name][key].lerp_(value.to(self.average[name][key]), 1 - decay)
-
-    def reset_average(self, name, *keys):
-        """What was measured and not learnt counts at once: the averages become the network's."""
-        state = self.models.networks[name].state_dict()
-        for key in keys:
-            self.average[name][key].copy_(state[key])
+            network, averaged = (m.networks[name] for m in (self.models, self.averaged))
+            for mine, its in zip(averaged.state_dict().values(), network.state_dict().values()):
+                mine.lerp_(its, 1 - decay)    # parameters() may be gathered still, under FSDP
 
     # ---------------------------------------------------------------------------------- reports
 
@@ -630,28 +593,27 @@ class Trainer:
             with open(self.out / "log.jsonl", "a") as file:
                 file.write(json.dumps({"stage": self.stage, "step": self.step, **record}) + "\n")
 
+    @functools.cached_property
+    def held_out(self):
+        """The scenes of validate(), a batch."""
+        dataset = make_dataset(self.settings, self.recipe,
+                               "test_1" if self.settings.split_file else "val")
+        if not len(dataset):                  # a small part of TACO may have nothing held out
+            dataset = make_dataset(self.settings, self.recipe, "all")
+        scenes = default_collate([dataset[i] for i in range(min(4, len(dataset)))])
+        return to_device(scenes, self.device)
+
     @torch.no_grad()
-    def validate(self, scenes=4):
+    def validate(self):
         """Fixed-seed held-out samples with the averaged weights: val_STAGE_STEP.png, a log line."""
-        averaged, state = build_models(self.models.config), tree_map(whole, self.average)
+        truth = self.held_out["video"]
+        with self.autocast:                   # in all processes alike, where weights are shared out
+            if self.stage == "vae":
+                videos, scores = [self.averaged.vae.decode(self.averaged.vae.encode(truth))], {}
+            else:
+                videos, scores = self.validation_samples(self.held_out)
         if self.rank:
             return
-        for name, network in averaged.to(self.device).networks.items():
-            network.load_state_dict(state[name])
-            network.eval()
-        if self.held_out is None:
-            split = "test_1" if self.settings.split_file else "val"
-            dataset = make_dataset(self.settings, self.recipe, split)
-            if not len(dataset):              # a small part of TACO may have none held out
-                dataset = make_dataset(self.settings, self.recipe, "all")
-            self.held_out = default_collate([dataset[i] for i in range(min(scenes, len(dataset)))])
-        batch = to_device(self.held_out, self.device)
-        truth = batch["video"]
-        with self.autocast:
-            if self.stage == "vae":
-                videos, scores = [averaged.vae.round_trip(fold(truth)).view_as(truth)], {}
-            else:
-                videos, scores = self.validation_samples(averaged, batch)
         scores |= {"moving_psnr": moving_psnr(videos[0], truth),
                    "still_psnr": moving_psnr(truth[:, :, :, :1].expand_as(truth), truth)}
         rows = [film_strip(clip[0, view]) for view in range(truth.shape[1])
@@ -661,28 +623,26 @@ class Trainer:
         self.say(f"  {name}: " + ", ".join(f"{k} {v:.2f}" for k, v in scores.items()))
         self.write_log(scores)
 
-    def validation_samples(self, models, batch, steps=10):
+    def validation_samples(self, batch, steps=10):
         """Videos with all references and with the centre view's alone, and their scores: dB of the
         views that had none, mean error of visible tracks, and of tracks that do not move, in cm."""
-        cameras, truth = (batch["intrinsics"], batch["extrinsics"]), batch["video"]
-        anchors = true_anchors(batch)
-        given = torch.ones(truth.shape[:2], dtype=torch.bool, device=self.device)
-        centre = torch.zeros_like(given)
-        centre[:, given.shape[1] // 2] = True
-        states = []
-        for shown in (given, centre):
-            *_, last = sample(models, truth[:, :, :, 0], shown, batch["prompt"], cameras,
-                              truth.shape[3], steps, num_tracks=anchors.shape[2],
-                              anchors=anchors if shown is given else None,    # which would tell
-                              use_dpa=self.stage in ("dpa", "joint"))
-            states.append(last)
-        videos = [state.video() for state in states]
-        tracks, seen = batch["tracks"], batch["visible"]
+        truth, tracks = batch["video"], batch["tracks"]
+        centre = torch.zeros(truth.shape[:2], dtype=torch.bool, device=self.device)
+        centre[:, truth.shape[1] // 2] = True
+
+        def last(given, **options):
+            for state in sample_scenes(self.averaged, batch, given, steps=steps, **options,
+                                       use_dpa=self.stage in ("dpa", "joint")):
+                pass
+            return state
+
+        def error_cm(found):
+            return 100 * (found - tracks).norm(dim=-1)[batch["visible"]].mean().item()
+        every, one = last(torch.ones_like(centre), anchors=true_anchors(batch)), last(centre)
+        videos = [every.video(), one.video()]
         hidden = (videos[1] - truth)[~centre].square().mean() / 4                 # range 2
-        scores = {"hidden_psnr": -10 * hidden.log10().item()}
-        for name, found in (("tracks_cm", states[0].tracks), ("still_cm", tracks[:, :, :1])):
-            scores[name] = 100 * (found - tracks).norm(dim=-1)[seen].mean().item()
-        return videos, scores
+        return videos, {"hidden_psnr": -10 * hidden.log10().item(),
+                        "tracks_cm": error_cm(every.tracks), "still_cm": error_cm(tracks[:, :, :1])}
 
     def finish_stage(self):
         """Checkpoint, loss curve, peak memory; a finished stage hands its average on."""
@@ -690,14 +650,11 @@ class Trainer:
             stage=self.stage, steps=self.step - self.first_step, data=self.settings.data,
             minutes=round((time.perf_counter() - self.started) / 60, 1),
             device=f"{self.world} x {self.device.type}"))
-        if not self.interrupted:
-            for name in self.names:
-                self.models.networks[name].load_state_dict(self.average[name])
+        for name in self.names if not self.interrupted else ():
+            self.models.networks[name].load_state_dict(self.averaged.networks[name].state_dict())
         self.save()
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated() / 2 ** 30
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+        peak = (torch.cuda.max_memory_allocated() / 2 ** 30            # 0 where there is no GPU
+                or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
         self.say(f"{self.stage}: stopped at step {self.step}, peak memory {peak:.1f} GiB, "
                  f"weights in {self.out}/weights.pt")
 
@@ -722,18 +679,6 @@ def block_flops(views, frames, places, dim, hidden, text):
     within = 4 * dim * views * tokens ** 2
     cross = 4 * dim ** 2 * views * tokens + 4 * dim * views * tokens * text
     return linear + between + within + cross + 4 * dim * hidden * views * tokens
-
-
-def seconds_of(function, device, least=0.5):
-    """Best time of one call in seconds, of calls over `least` seconds after one to warm up."""
-    times = []
-    while sum(times[1:]) < least:
-        start = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
 
 
 def kept_gib(forward):
@@ -762,7 +707,7 @@ class Case:
         frames, height, width = shape or VideoVAE(**PRESETS[preset]["vae"]).latent_size(
             RECIPES[preset]["frames"], *RECIPES[preset]["size"])
         dim, heads, hidden = size["dim"], size["heads"], size["mlp"]
-        layout = Layout(frames, height // 2, width // 2, dim // heads, device)
+        layout = Layout(frames, height // PATCH, width // PATCH, dim // heads, device)
         self.device, self.dtype, self.whole = device, dtype, whole
         self.flops = block_flops(views, frames, layout.places, dim, hidden, size["text_tokens"])
         with torch.device(device):
@@ -809,7 +754,8 @@ class Case:
 
 def time_blocks(device, preset, dtype, limit):
     """A table row (dict) for every way to run a block and the network of a preset."""
-    best = prefers_fused(device, preset, RECIPES[preset])
+    recipe = RECIPES[preset]
+    best = prefers_fused(tokens_per_view(recipe["frames"], *recipe["size"], preset), device)
     ways = [(False, *way, False) for way in itertools.product((False, True), (False, True))]
     ways += [(False, True, best, True)]
     if preset != "paper":                                     # of which one block is enough
@@ -840,7 +786,7 @@ def training_memory(device, preset, dtype):
     """GiB that training on one sample takes, from what one block of each network keeps: a dict."""
     config, recipe = make_config(preset, RECIPES[preset]), RECIPES[preset]
     with torch.device("meta"):
-        models = build_models(config)
+        models = Models(config)
     trained = count_parameters(models.mjd) + count_parameters(models.dpa)
     blocks, layers = config["mjd"]["depth"], config["dpa"]["depth"]
     slots = (1, recipe["views"], recipe["frames"], recipe["tracks"])
@@ -884,30 +830,24 @@ def time_scaling(device, preset, dtype):
 
 def time_models(device, preset, dtype):
     """{part: seconds} of everything around the MJD: VAE, DPA, world, a whole sampling step."""
-    recipe, config = RECIPES[preset], make_config(preset, RECIPES[preset])
-    models = build_models(config).to(device)
-    dataset = make_dataset(Settings(device=device.type), recipe, "val")
-    batch = dataset.batch([0])
-    cameras, anchors = (batch["intrinsics"], batch["extrinsics"]), true_anchors(batch)
-    given = torch.ones(1, recipe["views"], dtype=torch.bool, device=device)
-    now = torch.full((1,), 0.5, device=device)
+    models = Models(make_config(preset, RECIPES[preset])).to(device)
+    world = make_dataset(Settings(device=device.type), RECIPES[preset], "val")
+    scene, steps, now = world.batch([0]), 4, torch.full((1,), 0.5, device=device)
+    cameras, anchors = (scene["intrinsics"], scene["extrinsics"]), true_anchors(scene)
+    given = torch.ones(scene["video"].shape[:2], dtype=torch.bool, device=device)
 
     def sampling(**switches):
-        return list(sample(models, batch["video"][:, :, :, 0], given, batch["prompt"], cameras,
-                           recipe["frames"], 4, num_tracks=recipe["tracks"], anchors=anchors,
-                           **switches))
+        return list(sample_scenes(models, scene, given, steps=steps, anchors=anchors, **switches))
     with torch.no_grad(), autocast(device, dtype == torch.bfloat16):
-        latents = encode(models.vae, batch["video"], "video")
-        coarse = read_tracks(models.vae, latents, batch["scale"], cameras, recipe["tracks"],
-                             anchors)
-        points = torch.randn_like(batch["tracks"])
-        found = {"world, one scene": lambda: dataset.batch([1]),
-                 "VAE encode, all views": lambda: encode(models.vae, batch["video"], "video"),
-                 "VAE decode, all views": lambda: decode(models.vae, latents, "video"),
-                 "DPA": lambda: align(models.dpa, points, coarse, now, cameras, recipe["size"]),
+        *_, last = sampling()
+        points = torch.randn_like(scene["tracks"])
+        found = {"world, one scene": lambda: world.batch([1]),
+                 "VAE encode, all views": lambda: models.vae.encode(scene["video"]),
+                 "VAE decode, all views": last.video,
+                 "DPA": lambda: align(models.dpa, points, last.coarse, now, cameras),
                  "sampling step, no loop": lambda: sampling(use_dpa=False),
                  "sampling step, full loop": sampling}
-        return {name: seconds_of(function, device) / (4 if "step" in name else 1)
+        return {name: seconds_of(function, device) / (steps if "step" in name else 1)
                 for name, function in found.items()}
 
 
@@ -948,27 +888,20 @@ def autocast(device, bf16):
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-def prefers_fused(device, preset, recipe):
-    """Which attention: on a CPU the one by hand measured faster for few tokens (README, Speed)."""
-    tokens = tokens_per_view(recipe["frames"], *recipe["size"], preset)
-    return device.type == "cuda" or tokens > 1000
-
-
 def make_recipe(settings):
     """The preset's recipe with --size, --batch and --scenes in place."""
     recipe = dict(RECIPES[settings.preset])
-    if settings.data == "taco" or settings.scenes < 0 and pick_device(settings).type == "cuda":
-        recipe["scenes"] = 0                  # TACO has its number, a GPU renders new ones
-    elif settings.scenes >= 0:
-        recipe["scenes"] = settings.scenes
-    recipe.setdefault("scenes", 0)
     recipe["batch"] = settings.batch or recipe["batch"]
+    if settings.scenes >= 0:
+        recipe["scenes"] = settings.scenes
+    elif settings.data == "taco" or pick_device(settings).type == "cuda":
+        recipe["scenes"] = 0                  # TACO has its number, a GPU renders new ones
     if settings.size:
         try:
             height, width = map(int, settings.size.lower().split("x"))
         except ValueError:
             raise ValueError(f"--size: expected HxW like 64x96, got {settings.size!r}") from None
-        unit = 2 * PRESETS[settings.preset]["vae"]["strides"][1]           # a token's side
+        unit = PATCH * PRESETS[settings.preset]["vae"]["strides"][1]       # a token's side
         if min(height, width) < unit or height % unit or width % unit:
             raise ValueError(f"--size: expected multiples of {unit}, got {settings.size}: round it")
         recipe["size"] = (height, width)
@@ -1000,23 +933,20 @@ def write_atomically(path, state):
 
 def plot_losses(folder):
     """log.jsonl -> loss.png: every loss part against the step, a panel a stage."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    records = [json.loads(line) for line in open(folder / "log.jsonl")]
-    stages = [stage for stage in STAGES if any(r["stage"] == stage for r in records)]
-    figure, axes = plt.subplots(1, len(stages), figsize=(5 * len(stages), 3.5), squeeze=False)
-    ignored = {"stage", "step", "gradient", "rate", "seconds", "seconds_per_step", "moving_psnr",
-               "still_psnr", "hidden_psnr", "tracks_cm", "still_cm"}
-    for axis, stage in zip(axes[0], stages):
-        mine = [r for r in records if r["stage"] == stage]
-        for key in dict.fromkeys(key for r in mine for key in r if key not in ignored):
-            points = [(r["step"], r[key]) for r in mine if key in r]
-            axis.plot(*zip(*points), label=key)
+    if not (folder / "log.jsonl").exists():       # the run was stopped in its first step
+        return
+    steps = [line for line in map(json.loads, open(folder / "log.jsonl")) if "gradient" in line]
+    stages = list(dict.fromkeys(line["stage"] for line in steps))
+    figure = Figure(figsize=(5 * len(stages), 3.5))
+    for axis, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages):
+        mine = [line for line in steps if line["stage"] == stage]
+        for key in dict.fromkeys(itertools.chain(*mine)):       # in joint not the same in all steps
+            if key not in ("stage", "step", "gradient", "rate", "seconds", "seconds_per_step"):
+                axis.plot(*zip(*((line["step"], line[key]) for line in mine if key in line)),
+                          label=key)
         axis.set(title=stage, xlabel="step", yscale="log")
         axis.legend()
     figure.savefig(folder / "loss.png", dpi=100, bbox_inches="tight")
-    plt.close(figure)
 
 
 def main(arguments=None):
@@ -1029,18 +959,18 @@ def main(arguments=None):
         trainer = Trainer(settings)
 
         def stop(*_):
-            trainer.stopping = trainer.interrupted = True
-            print("stopping after this step ...", flush=True)
+            trainer.asked_to_stop = True
+            trainer.say("stopping after this step ...")
 
         signal.signal(signal.SIGINT, stop)
-        stages = STAGES if settings.stage == "all" else (settings.stage,)
+        stages = list(STAGES) if settings.stage == "all" else [settings.stage]
         if settings.resume and trainer.state["stage"] in stages:
             stages = stages[stages.index(trainer.state["stage"]):]
         for stage in stages:
-            trainer.run(stage)
-            if trainer.interrupted:
-                print(f"saved; go on with: python train.py {' '.join(sys.argv[1:])} --resume")
-                break
+            if not trainer.interrupted:
+                trainer.run(stage)
+        if trainer.interrupted:
+            trainer.say("saved; go on with the same command and --resume")
         if trainer.rank == 0:
             plot_losses(trainer.out)
     except torch.OutOfMemoryError as error:
