@@ -211,7 +211,7 @@ def test_cache_gives_equal_samples_and_survives_damage(tmp_path):
 # ---------------------------------------------------------------- TACO
 
 COLOURS = np.array([[225, 40, 40], [40, 190, 60], [50, 80, 230], [235, 215, 50], [110, 110, 110]])
-LENGTH, SETTINGS = 20, dict(size=(48, 72), frames=3, tracks=64, split="all")
+LENGTH, SETTINGS = 17, dict(size=(48, 72), frames=3, tracks=64, split="all")
 TREE = ["(stir, spoon, bowl)/20231105_019", "(pour in some, cup, bowl)/20231105_020",
         "(measure, ruler, box)/20231105_021", "(stir, spoon, pan)/20231105_022"]
 
@@ -990,7 +990,7 @@ def test_a_cpu_keeps_the_scenes_of_small_and_a_gpu_does_not(tmp_path, monkeypatc
     assert kept("") == (0, everything, None) and kept("--scenes 5") == (5, 5, None)
 
 
-@pytest.mark.parametrize("stage", train.STAGES)
+@pytest.mark.parametrize("stage", ["vae", "joint"])
 def test_ctrl_c_and_resume_equal_an_uninterrupted_run(run, tmp_path, monkeypatch, capsys, stage):
     losses, calls = train.stage_losses, itertools.count(1)
 
@@ -1140,10 +1140,10 @@ def outcome(run, tmp_path_factory):
 
 
 @pytest.mark.parametrize("one, other, equal", [
-    ("", "--workers 1", True), ("", "--checkpointing", True), ("", "--seed 1", False),
-    ("", "--batch 2", False), ("", "--rate 0.1", False), ("", "--scenes 3", False),
+    ("", "--workers 1", True), ("", "--checkpointing", True), ("", "--rate 0.1", False),
+    ("", "--batch 2", False), ("", "--scenes 3", False),
+    ("--scenes 1", "--scenes 1 --seed 1", False),
     ("--scenes 1", "--scenes 1 --size 32x32", False), ("", "--precision bf16", False),
-    ("", "--sample-every 1", False),
     ("--single-view 0", "--single-view 1", False), ("--steps 3", "--steps 3 --log-every 1", False),
     ("--steps 3 --guidance-dropout 1", "--steps 3 --guidance-dropout 0", False),
     ("--guidance-dropout 0", "--guidance-dropout 0 --true-tracks 1", False),
@@ -1184,8 +1184,17 @@ def shoot(trained, batch, tmp_path_factory):
     return shoot
 
 
-def test_sample_writes_its_files_and_the_same_ones_again(shoot):
-    (code, out, _), (_, again, _) = (shoot(write=sample.write_results) for _ in range(2))
+HOSTILE = r"</script><b>$\frac"           # to a web page, and to formulas in a picture
+
+
+@pytest.fixture(scope="session")
+def shot(shoot):
+    """A sample with all its files: exit code, folder."""
+    return shoot(f"--prompt {HOSTILE}", write=sample.write_results)[:2]
+
+
+def test_sample_writes_its_files_and_the_same_ones_again(shoot, shot):
+    (code, out), (_, again, _) = shot, shoot(f"--prompt {HOSTILE}", write=sample.write_results)
     files = {path.name: path.read_bytes() for path in out.iterdir()}
     names = {f"{name}_view{view}.mp4" for name in ("video", "motion") for view in (0, 1)}
     assert code == 0 and names | {"tracks.npz", "overview.png", "overview.gif"} <= set(files)
@@ -1215,13 +1224,12 @@ def test_kill_9_leaves_whole_results(shoot, tmp_path, monkeypatch):
             assert path.read_bytes() in (files["one"][path.name], files["other"][path.name])
 
 
-def test_viewer_shows_the_saved_tracks(shoot):
-    hostile = "</script><b>"
-    _, out, _ = shoot(f"--prompt {hostile}", write=sample.write_results)
+def test_viewer_shows_the_saved_tracks(shot):
+    _, out = shot
     saved, page = np.load(out / "tracks.npz"), (out / "viewer.html").read_text()
     assert page.count("</script>") == 2 and "http" not in page.replace("http-equiv", "")
     content = json.loads(re.search(r'type="application/json">(.*?)</script>', page, re.S)[1])
-    assert content["prompt"] == hostile and len(content["views"]) == 2
+    assert content["prompt"] == HOSTILE and len(content["views"]) == 2
 
     def unpacked(key, dtype, *shape):
         return np.frombuffer(base64.b64decode(content[key]), dtype).reshape(shape)
