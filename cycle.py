@@ -328,7 +328,7 @@ def align(dpa, noisy, coarse, t, cameras):
 def draw(function, generators, *shape):
     """One draw a sample, stacked, (B,*shape): function(shape, generator=...) like torch.randn.
 
-    Every sample has a CPU generator of its own (or None), so what it is given depends neither on
+    Every sample has a CPU generator of its own, so what it is given depends neither on
     its batch mates nor on the process that it is trained in.
     """
     return torch.stack([function(shape, generator=generator) for generator in generators])
@@ -535,6 +535,7 @@ def sample(models, reference, given, prompts, cameras, frames, steps=25, text_sc
                          f"batch items, got {len(prompts)} prompts and {given.tolist()}")
     generator = torch.Generator().manual_seed(seed)
     device, (batch, views), size = models.device, given.shape, reference.shape[-2:]
+    num_tracks = num_tracks if anchors is None else anchors.shape[2]
     shape = models.vae.latent_size(frames, *size)
     clean_reference = models.vae.encode(reference[:, :, :, None], "video")
 

@@ -316,8 +316,14 @@ def cached(path, make):
                        pseudo=(32767 * sample["pseudo"]).round().to(torch.int16))
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
-        torch.save(sample, aside)
-        os.replace(aside, path)
+        try:
+            torch.save(sample, aside)
+            os.replace(aside, path)
+        except (OSError, RuntimeError) as error:              # a full disk is either
+            raise ValueError(f"could not write {path} ({error}): free some space or give another "
+                             "--cache") from None
+        finally:
+            aside.unlink(missing_ok=True)
     return sample | dict(video=sample["video"] / 127.5 - 1, pseudo=sample["pseudo"] / 32767)
 
 

@@ -478,7 +478,7 @@ def test_cache_is_whole_or_absent(tree, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(torch, "save", killed)
         data.TACO(*tree, cache=tmp_path, **SETTINGS)[0]
-    assert not list(tmp_path.glob("*.pt"))
+    assert not list(tmp_path.iterdir())
     fresh = data.TACO(*tree, cache=tmp_path, **SETTINGS)[0]
     next(tmp_path.glob("*.pt")).write_bytes(b"damaged")
     again = data.TACO(*tree, cache=tmp_path, **SETTINGS)[0]
@@ -1090,6 +1090,15 @@ def test_a_checkpoint_is_old_or_new_and_never_half(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="No space left"):
         train.write_atomically(path, {"step": 2})
     assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_disk_that_is_full_costs_one_sentence(run, tmp_path, monkeypatch, capsys):
+    def full(sample, path):
+        path.write_bytes(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+    monkeypatch.setattr(torch, "save", full)                        # also in the worker process
+    assert run(tmp_path, f"--stage vae --steps 1 --workers 1 --cache {tmp_path}/scenes") == 2
+    assert "free some space" in one_line(capsys) and not list((tmp_path / "scenes").iterdir())
 
 
 def kill_while_working(work, seconds):

@@ -977,8 +977,8 @@ def main(arguments=None):
         print(f"train.py: expected all of it to fit the GPU's memory, got: {str(error)[:120]}: use "
               "--checkpointing, a smaller --batch or a smaller --size", file=sys.stderr)
         return 2
-    except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:    # of a worker process, the last line says it
+        print(f"train.py: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         return 2
     return 0
 
