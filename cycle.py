@@ -142,6 +142,7 @@ def load_models(path, device="cpu"):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         models = Models(checkpoint["config"])
+        [models.config[key] for key in ("size", "frames", "views", "tracks")]  # or a KeyError
         for name, network in models.networks.items():
             network.load_state_dict({k: v.float() for k, v in checkpoint[name].items()})
     except Exception as error:      # of a damaged file torch's reader raises nearly anything

@@ -123,8 +123,8 @@ def background_ramp(size, device=None):
     """Background of a pseudo video, (3,H,W): every pixel's own position, at blue 0.
 
     Departs from the paper's black: the still background is simply tracked too, so red and green
-    are smooth across silhouettes, and a VAE keeps anchors three times better (FACTS: 1.2 px
-    against 3.7 px at equal training).
+    are smooth across silhouettes, and a VAE keeps anchors three times better (README, Tried and
+    dropped: 1.2 px against 3.7 px at equal training).
     """
     height, width = size
     ramp = pixel_centres(size, device) / torch.tensor([width, height], device=device)
@@ -229,7 +229,8 @@ def pseudo_video_to_tracks(pseudo, scale, intrinsics, extrinsics, num_tracks, an
     """Denorm & Unproj: where a colour stands is the point's pixel, its blue the point's depth.
 
     pseudo (V,3,N,H,W) in [0,1], exact or decoded; scale (V,2) metres; anchors (V,K,2) pixels or
-    None to choose `num_tracks` of them on the foreground of frame 0. Returns tracks (V,N,K,3)
+    None to choose `num_tracks` of them on the foreground of frame 0, where slots of `previous`
+    (V,K,2) that still lie on it stay. Returns tracks (V,N,K,3)
     metres world, anchors (V,K,2), valid (V,N,K): the colour was found within `tolerance` pixels,
     to which match_colours adds for the foreground's rim and the way from the frame before.
     Robust against a decoder's errors: colours are matched softly over a small window, near the
@@ -312,6 +313,8 @@ def cached(path, make):
         sample = torch.load(path, weights_only=True)
     except Exception:                                         # none yet, or damaged: make it anew
         sample = make()
+        if sample is None:                                    # it cannot be made, and has said so
+            return None
         sample |= dict(video=(127.5 * (sample["video"] + 1)).round().to(torch.uint8),
                        pseudo=(32767 * sample["pseudo"]).round().to(torch.int16))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1079,8 +1082,12 @@ def load_mano(folder, side):
     if path is None:
         raise ValueError(f"expected {paths[0]} (or .npz), got none: the hand model has its own "
                          "licence, get it from mano.is.tue.mpg.de")
-    content = read_pickle(path) if path.suffix == ".pkl" else np.load(path)
-    model = {name: as_array(content[name]) for name in names if name in content}
+    try:
+        content = read_pickle(path) if path.suffix == ".pkl" else np.load(path)
+        model = {name: as_array(content[name]) for name in names if name in content}
+    except Exception as error:
+        raise ValueError(f"{path}: expected MANO's hand model, could not read it ({error}): copy "
+                         "it again") from None
     if set(names) - set(model) or model["posedirs"].shape != (778, 3, 135):
         raise ValueError(f"{path}: expected {names} of 778 vertices, got {list(model)}")
     return {name: torch.from_numpy(array.astype("f4" if array.dtype.kind == "f" else "i8"))
@@ -1277,25 +1284,34 @@ def draw_meshes(vertices, faces, intrinsics, extrinsics, size, count, generator)
     """Tracks and pseudo videos of moving meshes, both from eight points a pixel of their surface.
 
     vertices (N,P,3) metres, world, faces (F,3) -> tracks (V,N,K,3), each visible in frame 0,
-    visible (V,N,K), pseudo (V,3,N,H,W) in [0,1], scale (V,2) metres.
+    visible (V,N,K), pseudo (V,3,N,H,W) in [0,1], scale (V,2) metres. Small pictures are drawn three
+    times finer and read at their pixels' centres: so hidden is what lies deeper than a few
+    millimetres, less than the thickness of a finger.
     """
-    cameras, view = (intrinsics, extrinsics), torch.arange(len(intrinsics))[:, None]
+    fine = 3 if size[0] < 100 else 1
+    lens, grid = intrinsics * torch.tensor([fine, fine, 1.0])[:, None], [fine * n for n in size]
+    cameras, view = (lens, extrinsics), torch.arange(len(lens))[:, None]
     depth = project(vertices.expand(len(view), -1, -1, -1), *cameras)[1]         # (V, N, P)
     scale = depth_range(depth, depth > NEAREST)
-    density = 8 * (intrinsics[:, 0, 0] / depth[:, 0].mean(1)).square().max()
+    density = 8 * (lens[:, 0, 0] / depth[:, 0].mean(1)).square().max()
     corners, weights = sample_surface(vertices[0], faces, density)
     points = torch.stack([(frame[corners] * weights).sum(1) for frame in vertices])
     points = points.expand(len(view), -1, -1, -1)                                # (V, N, P, 3)
     anchors = project(points[:, 0], *cameras)[0]
-    pseudo = torch.cat([tracks_to_pseudo_video(points[:, n, None], *cameras, size, scale,
-                                               anchors)[0]
-                        for n in range(points.shape[1])], 2)     # one at a time bounds the memory
-    seen = shown(points[:, :1], anchors, pseudo[:, :, :1], scale, *cameras)[:, 0]
+    drawn = torch.cat([tracks_to_pseudo_video(points[:, n, None], *cameras, grid, scale, anchors)[0]
+                       for n in range(points.shape[1])], 2)      # one at a time bounds the memory
+    pseudo = drawn[..., fine // 2::fine, fine // 2::fine]
+
+    def visible(tracks, anchors):                                # in both sizes
+        n = slice(tracks.shape[1])
+        return (shown(tracks, anchors, drawn[:, :, n], scale, *cameras)
+                & shown(tracks, anchors / fine, pseudo[:, :, n], scale, intrinsics, extrinsics))
+    seen = visible(points[:, :1], anchors)[:, 0]
     if not seen.any(1).all():
         raise ValueError("expected hands and objects in every picture, got an empty one")
     slots = torch.multinomial(seen.float(), count, replacement=True, generator=generator)
     tracks = points[view, :, slots].transpose(1, 2)                              # (V, N, K, 3)
-    return tracks, shown(tracks, anchors[view, slots], pseudo, scale, *cameras), pseudo, scale
+    return tracks, visible(tracks, anchors[view, slots]), pseudo, scale
 
 
 # ------------------------------------------------------------------------- TACO: the data set
@@ -1303,7 +1319,7 @@ def draw_meshes(vertices, faces, intrinsics, extrinsics, size, count, generator)
 VIDEOS = ("Marker_Removed_Allocentric_RGB_Videos", "Allocentric_RGB_Videos")      # the best first
 FOLDERS = (*VIDEOS, "Allocentric_Camera_Parameters", "Hand_Poses", "Object_Poses")
 HELD_OUT = {"hammer", "measure"}       # tools and actions of "unseen", the paper's two examples
-CACHE_VERSION = 2                      # to be raised whenever `TACO.build` changes
+CACHE_VERSION = 3                      # to be raised whenever `TACO.build` changes
 FRAME_STEP = 30 / 8                    # source frames (30 a second) for one of ours (8 a second)
 
 
@@ -1328,8 +1344,9 @@ class TACO(torch.utils.data.Dataset):
         self.size, self.views, self.tracks, self.seed = tuple(size), views, tracks, seed
         self.steps = [round(number * FRAME_STEP) for number in range(frames)]
         self.cache, self.draws, self.report, self.broken = cache and Path(cache), draws, [], set()
-        self.listed = split_file and dict(line.rsplit(",", 1) for line in
-                                          Path(split_file).read_text().split())
+        lines = Path(split_file).read_text().splitlines() if split_file else []
+        self.listed = split_file and {name.strip(): part.strip() for name, comma, part in
+                                      (line.rpartition(",") for line in lines) if comma}
         names = "test_1 test_2 test_3 test_4" if split_file else "val unseen"
         if split not in ["all", "train", *names.split()]:
             raise ValueError(f"expected split all, train or one of {names}, got {split!r}")
@@ -1351,7 +1368,7 @@ class TACO(torch.utils.data.Dataset):
         draw, first = divmod(range(len(self))[index], len(self.sequences))
         for sequence in self.sequences[first:] + self.sequences[:first]:
             name = sequence["name"]
-            sample = name not in self.broken and self.attempt(name, self.load, sequence, draw)
+            sample = name not in self.broken and self.load(sequence, draw)
             if sample:
                 return sample | {"prompt": sequence["prompt"]}
             self.broken.add(name)
@@ -1421,7 +1438,8 @@ class TACO(torch.utils.data.Dataset):
         key = stable_hash(CACHE_VERSION, files, self.size, self.steps, self.views, self.tracks,
                           self.seed, draw, self.split == "train")
         path = f"{Path(sequence['name']).name}_{key:012x}.pt"
-        return cached(self.cache and self.cache / path, lambda: self.build(sequence, draw))
+        return cached(self.cache and self.cache / path, lambda: self.attempt(
+            sequence["name"], self.build, sequence, draw))    # a full disk is no broken file
 
     def build(self, sequence, draw):
         """One sample but for its prompt, read from the sequence's files."""

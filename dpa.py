@@ -237,7 +237,7 @@ class Attention(nn.Module):
         split = "group token (part head channel) -> part group head token channel"
         q, = rearrange(self.query(x), split, part=1, head=self.heads)
         k, v = rearrange(self.key_value(context), split, part=2, head=self.heads)
-        mixed = attention(rms_norm(q), rms_norm(k), v, mask)
+        mixed = attention(rms_norm(q), rms_norm(k), v, mask=mask)
         return self.out(rearrange(mixed, "group head token channel -> group token (head channel)"))
 
 
@@ -282,7 +282,7 @@ class Block(nn.Module):
 
 
 class DPA(nn.Module):
-    """The aligner G_DPA of Eq. 4. The paper does not give its size: 4 blocks of 128 are ours."""
+    """The aligner G_DPA of Eq. 4. The paper does not give its size: ours are train.RECIPES."""
 
     voxel_size, scene_radius = 0.02, 0.1     # metres
 

@@ -53,7 +53,7 @@ PRESETS = {
 
 # ---------------------------------------------------------------------------------- small parts
 
-def attention(q, k, v, mask=None, fused=False):
+def attention(q, k, v, fused=False, mask=None):
     """softmax(q k^T / sqrt(d)) v over (batch, heads, tokens, head_dim).
 
     mask: bool, True = may attend, broadcastable to (batch, heads, queries, keys); every query needs
@@ -323,7 +323,7 @@ class SelfAttention(nn.Module):
         q, k, v = self.query_key_value(x).chunk(3, -1)                        # (batch, tokens, D)
         q, k = self.query_norm(q), self.key_norm(k)
         q, k, v = (rearrange(y, "b t (h d) -> b h t d", h=self.heads) for y in (q, k, v))
-        x = attention(rotate(q, *rotary), rotate(k, *rotary), v, mask, fused)
+        x = attention(rotate(q, *rotary), rotate(k, *rotary), v, fused, mask)
         return self.out(rearrange(x, "b h t d -> b t (h d)"))
 
 
@@ -345,7 +345,7 @@ class CrossAttention(nn.Module):
     def forward(self, x, keys_values, mask, fused=False):
         q = self.query_norm(self.query(self.norm(x)))                         # (B, T, D)
         q = rearrange(q, "b t (h d) -> b h t d", h=self.heads)
-        x = attention(q, *keys_values, mask[:, None, None], fused)
+        x = attention(q, *keys_values, fused, mask[:, None, None])
         return self.out(rearrange(x, "b h t d -> b t (h d)"))
 
 

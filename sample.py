@@ -3,7 +3,7 @@
     python sample.py --ref assets/ref.png                       # one picture: the centre view
     python sample.py --ref left.png centre.png right.png --prompt "<knife, cut, box>" --seed 3
     python sample.py --print-cameras > rig.json                 # edit it, then: --cameras rig.json
-    python sample.py --eval --json eval.json                    # the tables of the README
+    python sample.py --eval --steps 6 --json eval.json          # the tables of the README
 
 Into --out it writes video_view*.mp4, motion_view*.mp4 (the motion pseudo videos), overview.png,
 overview.gif, viewer.html (videos and orbitable tracks, for a browser) and tracks.npz: tracks
@@ -111,7 +111,8 @@ def read_picture(path, size):
         raise ValueError(f"--ref: expected an image file, could not read {path} ({error}): check "
                          "the path, or convert it to PNG or JPEG") from None
     step = max(1, min(pixels.shape[0] // size[0], pixels.shape[1] // size[1]) // 8)
-    picture = torch.tensor(pixels[::step, ::step].astype(np.float32)) / (65535 if deep else 255)
+    whole = 1 if pixels.dtype.kind == "f" else 65535 if deep else 255
+    picture = torch.tensor(pixels[::step, ::step].astype(np.float32)) / whole
     if deep:                                                        # (h,w): Pillow has only grey
         picture = picture[..., None].expand(-1, -1, 3)
     else:
@@ -604,11 +605,13 @@ def samples_picture(models, settings, path, columns=7):
     """samples.png: three held-out scenes at --loop-scale SHARP, generated beside true."""
     scenes, centre = held_out(models, "val").batch(range(3)), models.config["views"] // 2
     truth, (height, width) = scenes["video"], scenes["video"].shape[-2:]
-    three, one = (run(models, scenes, settings, shown, loop_scale=SHARP)
-                  for shown in (None, [centre]))
-    rows = (("centre, truth", truth[:, centre]), ("3 references", three.video()[:, centre]),
-            ("its motion", 2 * three.coarse.pseudo[:, centre] - 1), ("left, truth", truth[:, 0]),
-            ("3 references", three.video()[:, 0]), ("1 reference", one.video()[:, 0]))
+    all_given, one = (run(models, scenes, settings, shown, loop_scale=SHARP)
+                      for shown in (None, [centre]))
+    every = f"{truth.shape[1]} references"
+    rows = (("centre, truth", truth[:, centre]), (every, all_given.video()[:, centre]),
+            ("its motion", 2 * all_given.coarse.pseudo[:, centre] - 1),
+            ("left, truth", truth[:, 0]), (every, all_given.video()[:, 0]),
+            ("1 reference", one.video()[:, 0]))
     figure = Figure(figsize=(12, 33 * len(rows) / columns * height / width + 1.2))
     for scene, part in enumerate(figure.subfigures(3, 1)):
         part.suptitle(scenes["prompt"][scene], fontsize=13)
@@ -736,6 +739,8 @@ def evaluate(models, settings):
         raise ValueError("--eval: expected weights of 2 views or more, got 1: train with more")
     report = {"weights": {"file": settings.weights.name} | models.config}
     if settings.json:
+        if settings.json.is_dir():
+            raise ValueError(f"--json: expected a file to write, got the folder {settings.json}")
         settings.json.parent.mkdir(parents=True, exist_ok=True)    # before the work, not after it
     if settings.json and "val" in settings.split:
         samples_picture(models, settings, settings.json.with_name("samples.png"))

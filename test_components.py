@@ -216,15 +216,6 @@ TREE = ["(stir, spoon, bowl)/20231105_019", "(pour in some, cup, bowl)/20231105_
         "(measure, ruler, box)/20231105_021", "(stir, spoon, pan)/20231105_022"]
 
 
-class Trap:
-    """Makes a folder when a careless reader opens its pickle."""
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
 def write_mano(path, rng, side):
     """A MANO pickle: 778 vertices around a blunt hand, with chumpy's and scipy's globals."""
     names = "chumpy chumpy.ch chumpy.reordering scipy scipy.sparse scipy.sparse.csc".split()
@@ -362,7 +353,7 @@ def make_taco_tree(path):
     truncated.write_bytes(content[:3000])
     truncated.with_name("22070001.mp4").unlink()
     (root / "Hand_Poses" / TREE[3] / "left_hand.pkl").write_bytes(
-        pickle.dumps({"00001": Trap(root / "executed")}))
+        pickle.dumps({"00001": Hostile(root / "executed")}))
     return root, mano_dir
 
 
@@ -437,6 +428,15 @@ def test_tracks_lie_on_meshes_and_on_their_colours(tree, split):
     assert error.abs().max() < 0.05 and wrong.median() < 1
 
 
+def test_a_thin_plate_hides_its_back(tmp_path):
+    write_box(tmp_path / "plate.obj", [5, 5, 0.6])                              # 12 mm thick
+    vertices, faces = data.load_obj(tmp_path / "plate.obj")
+    camera = torch.tensor([[[100., 0, 48], [0, 100, 32], [0, 0, 1]]]), torch.eye(4)[None]
+    camera[1][0, 2, 3] = 0.9                                                    # along +z
+    tracks, visible, *_ = data.draw_meshes(vertices[None], faces, *camera, (64, 96), 64, seeded())
+    assert visible.all() and (tracks[..., 2] < 0.005).all()           # the back is at 0.006
+
+
 def test_views_come_from_left_centre_right(tree):
     extrinsics = data.TACO(*tree, **SETTINGS)[0]["extrinsics"]
     centres = -(extrinsics[:, :3, :3].mT @ extrinsics[:, :3, 3:])[:, 0, 0]
@@ -459,11 +459,11 @@ def test_pickles_execute_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
     (tmp_path / "cuda.pkl").write_bytes(pickle.dumps(torch.ones(3)))
     assert data.read_pickle(tmp_path / "cuda.pkl").device.type == "cpu"
-    pickle.loads(pickle.dumps(Trap(tmp_path / "careless")))
+    pickle.loads(pickle.dumps(Hostile(tmp_path / "careless")))
     assert (tmp_path / "careless").exists()
-    outer, inner = Trap(tmp_path / "executed"), Trap("")
-    inner.__class__ = type("Storage", (), {"__reduce__": lambda self: (    # inside a tensor's bytes
-        torch.storage._load_from_bytes, (pickle.dumps(outer, 2),))})
+    outer = Hostile(tmp_path / "executed")
+    inner = type("Storage", (), {"__reduce__": lambda self: (              # inside a tensor's bytes
+        torch.storage._load_from_bytes, (pickle.dumps(outer, 2),))})()
     for content in (outer, [inner]):
         (tmp_path / "bad.pkl").write_bytes(pickle.dumps(content))
         with pytest.raises(ValueError, match="bad.pkl"):
@@ -558,7 +558,7 @@ def test_attention_equals_its_formula_fused_or_not():
         weight = weight if mask is None else weight * mask
         expected = torch.einsum("bhqk,bhkd->bhqd", weight / weight.sum(-1, keepdim=True), v)
         for fused in (False, True):
-            assert close(mjd.attention(q, k, v, mask, fused=fused), expected)
+            assert close(mjd.attention(q, k, v, fused, mask), expected)
 
 
 def test_rotary_positions_are_relative():
@@ -864,6 +864,26 @@ def test_joint_losses_follow_algorithm_1_and_gradients_reach_every_parameter(bat
                                            models.dpa.named_parameters()):
         assert parameter.grad is not None and parameter.grad.any(), name
     assert all(p.grad is None for p in models.vae.parameters())                         # frozen
+
+
+def test_training_hides_references_and_prompts(models, batch):
+    found = [cycle.diffuse(models, batch, [seeded(i), seeded(99 + i)]) for i in range(15)]
+    assert {int(n) for noisy in found for n in noisy.given.sum(1)} == {1, 2}
+    assert 0 < sum(prompt == "" for noisy in found for prompt in noisy.prompts) < 15
+
+
+def test_slots_that_follow_another_anchor_start_anew(models, batch):
+    anchors, tracks = cycle.true_anchors(batch), batch["tracks"]
+    coarse = cycle.Coarse(anchors, batch["scale"], None, tracks, torch.ones_like(batch["visible"]))
+    points, noise, before = *torch.randn(2, *tracks.shape), anchors.clone()
+    before[:, :, 0] += 1
+    found = cycle.restart_slots(points, before, coarse, noise, 0.5, models.dpa)
+    assert same(found[..., 1:, :], points[..., 1:, :])
+    assert close(found[..., 0, :], ((models.dpa.normalise(tracks) + noise) / 2)[..., 0, :])
+    read = functools.partial(cycle.read_tracks, models.vae, models.vae.encode(batch["pseudo"]),
+                             batch["scale"], (batch["intrinsics"], batch["extrinsics"]))
+    first = read(num_tracks=32).anchors.roll(1, 2)
+    assert same(read(num_tracks=32, previous=first).anchors, first)
 
 
 def test_references_are_filled_in_and_carried_along_the_motion(models, batch):
@@ -1253,9 +1273,9 @@ def test_viewer_shows_the_saved_tracks(shot):
 
 
 def test_eval_writes_its_tables(trained, tmp_path):
-    assert sample.main(f"--eval --weights {trained}/weights.pt --scenes 1 --split unseen --steps 1 "
+    assert sample.main(f"--eval --weights {trained}/weights.pt --scenes 1 --split val --steps 1 "
                        f"--json {tmp_path}/eval.json".split()) == 0
-    table = json.loads((tmp_path / "eval.json").read_text())["unseen"]
+    table = json.loads((tmp_path / "eval.json").read_text())["val"]
     truth = table["ceiling"]["truth"]
     assert len(table["ablation"]) == 5 and truth["rpe"] == truth["mv_rpe"] == 0 == 100 - truth["pi"]
     report = json.loads((HERE / "assets" / "eval.json").read_text())
@@ -1308,8 +1328,8 @@ BAD = dict(
         --size -32x32;--rate -1;--rate nan;--batch -2;--save-every 0;--log-every 0;--device tpu;
         --guidance-dropout 2;--single-view nan;--precision fp8;--minutes -1;--minutes nan;--seed x;
         --seed 99999999999999999999;--workers -1;--bogus;--resume;--out FILE;--out /proc/no;
-        --cache FILE/c;--data taco;--data taco --data-root /no --mano-dir /no;
-        --data taco --data-root /no --mano-dir /no --scenes 3;
+        --cache FILE/c;--data taco;--data taco --data-root /no --mano-dir /no --scenes -1;
+        --data taco --data-root /no --mano-dir /no --scenes 3;--seed 999999999999;
         --out TRAINED --preset small""",
     sample=f"""--ref;--ref none.png;--ref FILE;--ref /tmp;--ref REF REF REF;--prompt=;--steps 0;
         --prompt {'x' * 99};--scenes 0;--seed -1;--text-scale nan;--cycle-every 0;--cameras FILE;

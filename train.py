@@ -100,7 +100,7 @@ class Settings:
     scenes: int = option(-1, "distinct training scenes, 0 = no limit (each is new; slow on a CPU), "
                              "-1 = the preset's (small: 600 on a CPU)")
     cache: str = option("", "folder that keeps rendered scenes or decoded TACO crops; on a CPU by "
-                            "default OUT/scenes where --scenes limits them (2.2 MB each of small)")
+                            "default OUT/scenes where --scenes limits them (2.3 MB each of small)")
     workers: int = option(1, "processes that prepare data (a GPU renders the world itself)")
     out: str = option("", "run folder, default runs/PRESET")
     resume: bool = option(False, "go on from checkpoint.pt of the run folder")
@@ -136,7 +136,7 @@ def parse(arguments=None):
     settings = Settings(**vars(parser.parse_args(arguments)))
     for names, expected, least, most in (
             ("steps batch rate minutes workers sample_every", "0 or more", 0, math.inf),
-            ("scenes", "-1 or more", -1, math.inf),
+            ("scenes", "-1 or more", -1, math.inf), ("seed", "at most 10^11", -1e11, 1e11),
             ("log_every save_every draws", "1 or more", 1, math.inf),
             ("guidance_dropout true_tracks single_view", "a share in [0, 1]", 0, 1)):
         for name in names.split():
@@ -214,8 +214,13 @@ def batches(dataset, order, workers, device):
     if isinstance(dataset, EncodedScenes):
         workers = 0                                       # this process has the VAE and the latents
     for batch in DataLoader(dataset, batch_sampler=order, num_workers=workers,
-                            pin_memory=device.type == "cuda"):
+                            pin_memory=device.type == "cuda", worker_init_fn=ignore_ctrl_c):
         yield to_device(batch, device)
+
+
+def ignore_ctrl_c(worker):
+    """A worker leaves Ctrl-C to the process that it works for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def to_device(batch, device):
@@ -443,6 +448,10 @@ class Trainer:
         if self.step >= steps:
             return self.say(f"{stage}: already at step {self.step} of {steps}")
         dataset = make_dataset(self.settings, self.recipe, "train")
+        if not len(dataset):
+            raise ValueError("--data-root: expected a sequence of split train that can be read, "
+                             "got none: see the lines above, or python data.py --taco DIR --mano "
+                             "DIR")
         if stage != "vae" and self.recipe["scenes"]:
             dataset = EncodedScenes(dataset, self.models.vae, self.autocast)
 
@@ -978,7 +987,8 @@ def main(arguments=None):
               "--checkpointing, a smaller --batch or a smaller --size", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:    # of a worker process, the last line says it
-        print(f"train.py: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        text = str(error).strip() or type(error).__name__
+        print(f"train.py: {text.splitlines()[-1]}", file=sys.stderr)
         return 2
     return 0
 
