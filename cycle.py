@@ -85,7 +85,8 @@ class DDIMScheduler:
         return clean, noise
 
     def step(self, velocity, noisy, t, t_next, eta=0.0, generator=None):
-        """z at t_next < t (Eq. 2). eta in [0,1] exchanges predicted noise for fresh noise."""
+        """z at t_next < t. eta in [0,1] exchanges predicted noise for fresh noise. On the flow path
+        with eta = 0 it is Eq. 2: (1 - t') (z - t v) + t' (z + (1 - t) v) = z + (t' - t) v."""
         clean, noise = self.predict(velocity, noisy, t)
         alpha, sigma, _, _ = self.coefficients(t, noisy)
         alpha_next, sigma_next, _, _ = self.coefficients(t_next, noisy)
@@ -137,14 +138,19 @@ def load_models(path, device="cpu"):
     """Models from a checkpoint of train.py. ValueError says why a file is refused."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"expected a checkpoint at {path}, found no file: train one with "
-                         f"`python train.py --stage all --out {path.parent}`")
+        raise ValueError(f"expected a checkpoint at {path}, found no file: give the weights.pt of "
+                         "a run folder, or make one by `python train.py --stage all`")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         models = Models(checkpoint["config"])
-        [models.config[key] for key in ("size", "frames", "views", "tracks")]  # or a KeyError
+        size, *counts = (models.config[key] for key in ("size", "frames", "views", "tracks"))
+        models.vae.latent_size(counts[0], *size)
+        if min(*size, *counts) < 1:
+            raise ValueError("a size is under 1")
         for name, network in models.networks.items():
             network.load_state_dict({k: v.float() for k, v in checkpoint[name].items()})
+        if not all(value.isfinite().all() for value in models.state_dict().values()):
+            raise ValueError("a weight is not finite")
     except Exception as error:      # of a damaged file torch's reader raises nearly anything
         raise ValueError(f"expected a checkpoint of train.py in {path}, but it is damaged, of "
                          f"another version or holds more than tensors ({error!r:.160}): train or "
@@ -158,6 +164,12 @@ def moving_psnr(video, truth, threshold=0.1):
     moving = ((truth - truth[..., :1, :, :]).abs().amax(-4, keepdim=True) > threshold)
     error = (video - truth).square().mean(-4, keepdim=True)[moving].mean() / 4     # range 2
     return -10 * torch.log10(error.clamp_min(1e-10)).item()
+
+
+def out_of_memory(error):
+    """Whether a RuntimeError or MemoryError says so, of a GPU or of a CPU."""
+    return (isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            or "allocate memory" in str(error))
 
 
 def seconds_of(function, device, least=0.5):
@@ -389,7 +401,7 @@ def diffuse(models, batch, generators, text_dropout=0.1):
 
 def at_time(noisy, even_t):
     """Line 2: z_V,t with its clean first frame, z_Mpv,t and M_t at the time that FLOW makes of
-    evenly spread even_t (B,). The namespace of diffuse() with these in place."""
+    even_t (B,), the paper's t ~ U(0,1). The namespace of diffuse() with these in place."""
     t = FLOW.shifted(even_t).to(noisy.given.device)
     z = {key: FLOW.add_noise(clean, noisy.noise[key], t) for key, clean in noisy.clean.items()}
     z["video"] = insert_reference(z["video"], noisy.clean["video"][:, :, :, :1], noisy.given)
@@ -402,7 +414,8 @@ def refine(models, noisy):
     the Coarse that it was made of.
 
     In sampling the coarse tracks are those of the step before, so here they are those of an
-    unguided pass of the MJD on the same noise up to a tenth of all steps earlier.
+    unguided pass of the MJD on the same noise up to a tenth of all steps earlier, at the scale s^
+    that this pass estimates (the paper has s here).
     """
     earlier = draw(torch.rand, noisy.generators) / 10
     noisy = at_time(noisy, (noisy.even_t + earlier).clamp(max=1))
@@ -636,7 +649,8 @@ def lesson(steps=6):
         (off, film_off), (on, film_on), (sharp, film_sharp) = (
             watch(models, scene, steps, **switches)
             for switches in (dict(cycle=False), {}, dict(loop_scale=3.0)))
-    print(f"{scene['prompt'][0]}, {steps} steps, one reference; of the views that have none:\n"
+    print(f"{scene['prompt'][0]}, {steps} steps, one reference. dB: moving pixels of the views "
+          "that have none;\ncm: tracks of all views, whose true anchors are told\n"
           "        moving pixels, dB               aligned tracks, cm (coarse)\n"
           "   t    loop off    loop on  --loop-scale 3    loop off       loop on")
     for (t, *a), (_, *b), (_, sharper, *_) in zip(off, on, sharp):

@@ -1515,7 +1515,8 @@ def round_trip(sample, pseudo):
 
 def lesson():
     """One held-out scene: what is in a sample, and how exact the motion representation is."""
-    from matplotlib.figure import Figure       # here, so that importing data.py stays quick
+    import imageio.v3 as iio                   # here, so that importing data.py stays quick
+    from matplotlib.figure import Figure
     for size in ((128, 192), (64, 96)):
         sample = SyntheticHOI("val", size)[0]
         cameras = sample["intrinsics"], sample["extrinsics"]
@@ -1540,7 +1541,11 @@ def lesson():
     axis.set(title=sample["prompt"], xticks=[])
     Path("out").mkdir(exist_ok=True)
     figure.savefig("out/data.png", dpi=100)
-    print("wrote out/data.png")
+    for view, clip in enumerate(sample["video"]):
+        iio.imwrite(f"out/ref{view}.png", film_strip(clip, 1).numpy())
+    print("wrote out/data.png, and the first frames of the views, out/ref0.png to ref2.png, for\n"
+          f'python sample.py --ref out/ref0.png out/ref1.png out/ref2.png --prompt '
+          f'"{sample["prompt"]}"')
 
 
 def taco_lesson(root, mano_dir):

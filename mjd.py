@@ -566,8 +566,10 @@ class MJD(nn.Module):
         return [block.cross.read(tokens) for block in self.blocks], mask
 
     def velocity(self, noisy, estimate, t):
-        """E[z_1 - z_0 | z_t] if z_0 ~ N(estimate, prior_std^2), (B,V,C,n,h,w), as in the DPA: near
-        noise it trusts the estimate, near t = 0 it trusts z_t. For the flow path (Eq. 1)."""
+        """E[z_1 - z_0 | z_t] if z_0 ~ N(e, s^2), e the estimate, s prior_std, (B,V,C,n,h,w): near
+        noise it trusts e, near t = 0 it trusts z_t. For the flow path (Eq. 1), as in the DPA
+        (dpa.gaussian_prior). With T the variance of z_t and r = z_t - (1 - t) e:
+        E[z_0 | z_t] = e + (1 - t) s^2 r / T and E[z_1 | z_t] = t r / T."""
         t, variance = t.float().reshape(-1, 1, 1, 1, 1, 1), self.prior_std ** 2
         total = (1 - t).square() * variance + t.square()                      # variance of z_t
         return (noisy - (1 - t) * estimate) * (t - (1 - t) * variance) / total - estimate

@@ -38,8 +38,8 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from torch.utils.data import default_collate
 
-from cycle import (align, bf16_is_faster, fold, load_models, read_tracks, sample, sample_scenes,
-                   true_anchors, views_to_batch)
+from cycle import (align, bf16_is_faster, fold, load_models, out_of_memory, read_tracks, sample,
+                   sample_scenes, true_anchors, views_to_batch)
 from data import (FOREGROUND_THRESHOLD, SyntheticHOI, anchor_colours, camera_centres, film_strip,
                   camera_rig, project, unproject)
 from dpa import chamfer_distance
@@ -143,18 +143,24 @@ def read_rig(path, config):
         resize = torch.tensor([[config["size"][axis] / rig["size"][axis]] for axis in (1, 0)])
         intrinsics[:, :2] *= resize
         rotation = extrinsics[:, :3, :3]
+        _, depth = project(torch.tensor([[[0, 0, 0.05]]]).expand(len(names), 1, 3), intrinsics,
+                           extrinsics)
         checks = {
+            "size is not two positive numbers": len(rig["size"]) == 2 and min(rig["size"]) > 0,
             "the matrices are not (V,3,3) and (V,4,4)":
                 intrinsics[0].shape == (3, 3) and extrinsics[0].shape == (4, 4),
             "a number is not finite": intrinsics.isfinite().all() and extrinsics.isfinite().all(),
             "a focal length is not positive": (intrinsics[:, [0, 1], [0, 1]] > 0).all(),
-            "a rotation is none": (torch.linalg.det(rotation) > 0).all()
+            "the 3x3 part of an extrinsics matrix is not a rotation":
+                (torch.linalg.det(rotation) > 0).all()
                 and ((rotation @ rotation.mT - torch.eye(3)).abs() < 1e-3).all(),
+            "a camera does not have the table before it, within 20 m": (depth > 0.05).all()
+                and (depth < 20).all(),
             "a last row is not 0 0 1 or 0 0 0 1": (intrinsics[:, 2] == torch.eye(3)[2]).all()
                 and (extrinsics[:, 3] == torch.eye(4)[3]).all()}
         wrong = [message for message, fine in checks.items() if not fine]
     except Exception as error:                                      # a file may hold anything
-        wrong = [repr(error)]
+        wrong = [f"{error!r:.99}"]
     if wrong:
         raise ValueError(f"--cameras: expected a rig as --print-cameras prints it, got {path} "
                          f"({wrong[0]}): print one and edit it")
@@ -177,7 +183,10 @@ def generate(models, settings):
     reference, given = torch.zeros(1, views, 3, *size), torch.zeros(1, views, dtype=torch.bool)
     for view, path in enumerate(settings.ref, start=views // 2 if count == 1 else 0):
         reference[0, view], given[0, view] = read_picture(path, size), True
+    if settings.out.exists() and not settings.out.is_dir():
+        raise ValueError(f"--out: expected a folder, got the file {settings.out}: name another")
     settings.out.mkdir(parents=True, exist_ok=True)                 # before the work, not after it
+    print("references:", ", ".join(name for name, shown in zip(names, given[0]) if shown))
     device, start = models.device, time.perf_counter()
     with settings.autocast:
         for state in sample(models, reference.to(device), given.to(device), [settings.prompt],
@@ -199,8 +208,8 @@ def generate(models, settings):
 
 
 def write_results(result, out):
-    """All files into a hidden folder beside `out`, then each under its final name, whole."""
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as draft:
+    """All files into a hidden folder in `out`, then each under its final name, whole."""
+    with tempfile.TemporaryDirectory(prefix=".", dir=out) as draft:
         draft = Path(draft)
         for view, (video, motion) in enumerate(zip(result.video, result.motion)):
             film(draft / f"video_view{view}.mp4", enlarge(video, 256), codec="libx264", quality=9)
@@ -778,11 +787,19 @@ def main(arguments=None):
     except ValueError as error:
         print("sample.py:", " ".join(str(error).split())[:400], file=sys.stderr)
         return 2
-    except (OSError, torch.OutOfMemoryError) as error:
-        print(f"sample.py: expected room for files and memory for the networks, got: "
-              f"{' '.join(str(error).split())[:200]}: free some, give another --out or --json, or "
-              "use --device cpu", file=sys.stderr)
+    except OSError as error:
+        print(f"sample.py: expected to read and write files, got: {str(error)[:200]}: free some "
+              "space, or give another --out or --json", file=sys.stderr)
         return 2
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"sample.py: expected all of it to fit into memory, got: {str(error)[:120]}: use "
+              "fewer views, or --device cpu", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("sample.py: stopped, nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 

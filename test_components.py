@@ -544,9 +544,6 @@ def test_train_and_look_at_taco(tree, run, tmp_path, capsys):
     data.taco_lesson(root, mano_dir)                   # too short for 13 frames: says so and why
     out = capsys.readouterr().out
     assert "0 sequences" in out and "expected 3 videos and 46 poses, got" in out
-    dataset = data.TACO(root, mano_dir, **SETTINGS)
-    data.taco_contact_sheet(dataset, tmp_path / "taco.png")
-    assert (tmp_path / "taco.png").stat().st_size > 10_000
 
 
 # ---------------------------------------------------------------- VAE and MJD
@@ -718,7 +715,7 @@ def test_each_network_overfits_one_scene(batch, stage):
     models, losses = awake_models(), []
     network, = (models.networks[name] for name in train.STAGES[stage])
     optimiser = torch.optim.Adam(network.parameters(), 3e-3)
-    for _ in range(60 if stage == "vae" else 30):
+    for _ in range(45 if stage == "vae" else 30):
         losses.append(sum(train.stage_losses(stage, models, batch, train.Settings(),
                                              [seeded(), seeded(1)], torch.zeros(2)).values()))
         optimiser.zero_grad()
@@ -1138,7 +1135,7 @@ def kill_while_working(work, seconds):
 def test_kill_9_leaves_a_whole_checkpoint(tmp_path):
     path, count = tmp_path / "checkpoint.pt", itertools.count()
     train.write_atomically(path, {"x": torch.zeros(1_000_000)})
-    for trial in range(6):
+    for trial in range(4):
         kill_while_working(lambda: train.write_atomically(
             path, {"x": torch.full((1_000_000,), float(next(count)))}), 0.1 + 0.023 * trial)
         found = torch.load(path, weights_only=True)["x"]
@@ -1248,8 +1245,8 @@ def test_kill_9_leaves_whole_results(shoot, tmp_path, monkeypatch):
     results = itertools.cycle([other, one])
     for trial in range(2):
         kill_while_working(lambda: sample.write_results(next(results), tmp_path / "one"),
-                           0.5 + 0.37 * trial)
-        for path in (tmp_path / "one").iterdir():
+                           0.4 + 0.27 * trial)
+        for path in filter(Path.is_file, (tmp_path / "one").iterdir()):
             assert path.read_bytes() in (files["one"][path.name], files["other"][path.name])
 
 
@@ -1325,12 +1322,14 @@ def test_odd_pictures_are_read(tmp_path):
 
 BAD = dict(
     train="""--steps -1;--steps many;--preset huge;--stage none;--size 64;--size 30x40;--size 0x0;
-        --size -32x32;--rate -1;--rate nan;--batch -2;--save-every 0;--log-every 0;--device tpu;
+        --size -32x32;--workers 99;--rate -1;--rate nan;--batch -2;--save-every 0;
+        --log-every 0;--device tpu;
         --guidance-dropout 2;--single-view nan;--precision fp8;--minutes -1;--minutes nan;--seed x;
         --seed 99999999999999999999;--workers -1;--bogus;--resume;--out FILE;--out /proc/no;
         --cache FILE/c;--data taco;--data taco --data-root /no --mano-dir /no --scenes -1;
         --data taco --data-root /no --mano-dir /no --scenes 3;--seed 999999999999;
-        --out TRAINED --preset small""",
+        --out TRAINED --preset small;--out TRAINED --stage all;--out TRAINED --stage vae --resume;
+        --out TRAINED --stage base --resume""",
     sample=f"""--ref;--ref none.png;--ref FILE;--ref /tmp;--ref REF REF REF;--prompt=;--steps 0;
         --prompt {'x' * 99};--scenes 0;--seed -1;--text-scale nan;--cycle-every 0;--cameras FILE;
         --temperature -1;--loop-scale -1;--eval;--cameras none.json;--weights FILE;
@@ -1375,7 +1374,7 @@ def test_readme_is_true_and_the_paper_is_cited(capsys):
 SHAPELESS = """full_precision zero_init mlp prefers_fused tokens_per_view count_parameters mixed hue
     cone bowl ball disc actions scene describe batch find_class read_pickle as_array load_mano
     stable_hash attempt note summary split_of inspect load build film taco_contact_sheet taco_lesson
-    bf16_is_faster seconds_of load_models device networks main lesson""".split()
+    out_of_memory bf16_is_faster seconds_of load_models device networks main lesson""".split()
 
 
 @pytest.mark.parametrize("script", SCRIPTS[:4], ids=lambda path: path.name)

@@ -40,8 +40,8 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from cycle import (Models, align, bf16_is_faster, diffuse, dpa_losses, draw, encode_sample, fold,
-                   joint_losses, load_models, mjd_losses, moving_psnr, sample_scenes, seconds_of,
-                   true_anchors, views_to_batch)
+                   joint_losses, load_models, mjd_losses, moving_psnr, out_of_memory,
+                   sample_scenes, seconds_of, true_anchors, views_to_batch)
 from data import FOREGROUND_THRESHOLD, TACO, SyntheticHOI, film_strip, stable_hash
 from dpa import DPA
 from mjd import (MJD, PATCH, PRESETS, REGISTER_TOKENS, SCALE_TOKENS, Block, Layout, VideoVAE,
@@ -135,7 +135,8 @@ def parse(arguments=None):
     parser.error = refuse
     settings = Settings(**vars(parser.parse_args(arguments)))
     for names, expected, least, most in (
-            ("steps batch rate minutes workers sample_every", "0 or more", 0, math.inf),
+            ("steps batch rate minutes sample_every", "0 or more", 0, math.inf),
+            ("workers", "0 to 64", 0, 64),
             ("scenes", "-1 or more", -1, math.inf), ("seed", "at most 10^11", -1e11, 1e11),
             ("log_every save_every draws", "1 or more", 1, math.inf),
             ("guidance_dropout true_tracks single_view", "a share in [0, 1]", 0, 1)):
@@ -372,12 +373,21 @@ class Trainer:
         torch.manual_seed(settings.seed)
         shipped = SHIPPED / f"{settings.preset}.pt"
         loaded, source, self.state = None, "new weights", None
+        if settings.stage not in ("vae", "all") and not shipped.exists():
+            source = "new weights, also of the VAE: run --stage vae first"
+        if path.exists() and settings.stage == "all" and not settings.resume:
+            raise ValueError(f"--stage all: expected a new run folder, found {path}: give --resume "
+                             "to go on with it, or another --out")
         if path.exists():
             loaded, source = load_models(path), path
             self.state = torch.load(path, map_location="cpu", weights_only=True)
             if settings.resume and "optimiser" not in self.state:
                 raise ValueError(f"--resume: expected the checkpoint of a run in {path}, got "
                                  "weights alone: leave --resume out to start from them")
+            if settings.resume and settings.stage not in ("all", self.state["stage"]):
+                raise ValueError(f"--resume: expected --stage {self.state['stage']}, in which "
+                                 f"{path} is at step {self.state['step']}, got {settings.stage}: "
+                                 "leave --resume out to start that stage from its weights")
         elif settings.resume:
             raise ValueError(f"--resume: expected {path}, found none: leave --resume out to start")
         elif settings.stage not in ("vae", "all") and shipped.exists():
@@ -982,8 +992,10 @@ def main(arguments=None):
             trainer.say("saved; go on with the same command and --resume")
         if trainer.rank == 0:
             plot_losses(trainer.out)
-    except torch.OutOfMemoryError as error:
-        print(f"train.py: expected all of it to fit the GPU's memory, got: {str(error)[:120]}: use "
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"train.py: expected all of it to fit into memory, got: {str(error)[:120]}: use "
               "--checkpointing, a smaller --batch or a smaller --size", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:    # of a worker process, the last line says it
