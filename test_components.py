@@ -534,7 +534,7 @@ def test_splits(tree, tmp_path):
 def test_train_and_look_at_taco(tree, run, tmp_path, capsys):
     root, mano_dir = tree
     flags = f"--stage joint --steps 2 --scenes -1 --data taco --data-root {root}"
-    flags += f" --mano-dir {mano_dir}"
+    flags += f" --mano-dir {mano_dir} --draws 1"
     assert run(tmp_path / "run", flags) == 0 and "joint 2/2" in capsys.readouterr().out
     first = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
     assert first["scale"] < 2 and first["points"] < 8        # units of this rig, not of our world
