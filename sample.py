@@ -20,6 +20,7 @@ import argparse
 import base64
 import json
 import math
+import re
 import sys
 import tempfile
 import time
@@ -129,7 +130,8 @@ def rig_as_json(config):
     intrinsics, extrinsics = camera_rig(config["views"], config["size"])
     views = [dict(name=VIEW_NAMES[view % 3], intrinsics=intrinsics[view].tolist(),
                   extrinsics=extrinsics[view].tolist()) for view in range(config["views"])]
-    return json.dumps(dict(size=list(config["size"]), views=views), indent=1)
+    text = json.dumps(dict(size=list(config["size"]), views=views), indent=1)
+    return re.sub(r"\[[^][]*\]", lambda row: " ".join(row[0].split()), text)      # a row a line
 
 
 def read_rig(path, config):
