@@ -56,9 +56,9 @@ RECIPES = {
                  rate=dict(vae=1e-3, mjd=1e-3, dpa=3e-3), batch=2,
                  steps=dict(vae=40, base=40, dpa=40, joint=40),
                  dpa=dict(dim=32, depth=2, heads=2, patch=32)),
-    "small": dict(size=(64, 96), frames=13, views=3, tracks=256, scenes=600,
-                  rate=dict(vae=1e-3, mjd=8e-4, dpa=2e-3), batch=4,
-                  steps=dict(vae=700, base=500, dpa=150, joint=750),    # an hour on two CPU cores
+    "small": dict(size=(64, 96), frames=13, views=3, tracks=256, scenes=400,
+                  rate=dict(vae=1e-3, mjd=8e-4, dpa=2e-3), batch=1,     # the hour's best: README
+                  steps=dict(vae=300, base=1200, dpa=150, joint=600),   # an hour on two CPU cores
                   dpa=dict(dim=96, depth=3, heads=2, patch=64)),
     "taco": dict(size=(256, 384), frames=25, views=3, tracks=1024, scenes=0,
                  rate=dict(vae=5e-4, mjd=2e-4, dpa=5e-4), batch=1,
@@ -98,7 +98,7 @@ class Settings:
                                      "(at most what --guidance-dropout leaves)")
     single_view: float = option(0.15, "share of joint steps with V = 1")
     scenes: int = option(-1, "distinct training scenes, 0 = no limit (each is new; slow on a CPU), "
-                             "-1 = the preset's (small: 600 on a CPU)")
+                             "-1 = the preset's (small: 400 on a CPU)")
     cache: str = option("", "folder that keeps rendered scenes or decoded TACO crops; on a CPU by "
                             "default OUT/scenes where --scenes limits them (2.3 MB each of small)")
     workers: int = option(1, "processes that prepare data (a GPU renders the world itself)")
@@ -112,7 +112,7 @@ class Settings:
                                         "(taco and paper always do)")
     log_every: int = option(20, "steps between log lines")
     save_every: int = option(200, "steps between checkpoints")
-    sample_every: int = option(250, "steps between validation samples, 0 = never")
+    sample_every: int = option(300, "steps between validation samples, 0 = never")
     seed: int = option(0, "of weights, data and noise")
     benchmark: bool = option(False, "measure the speed of everything on this machine, and stop")
     json: str = option("", "where --benchmark writes its numbers")
@@ -509,13 +509,13 @@ class Trainer:
         seen this data set yet, from its units."""
         seen = any(entry["data"] == self.settings.data and entry["stage"] != "vae"
                    for entry in self.models.config["trained"])
+        scenes = itertools.islice(stream, math.ceil(16 / self.recipe["batch"]))
         if self.stage == "vae" and self.fresh:
-            scenes = [next(stream) for _ in range(4)]
             videos = torch.cat([fold(s[key]) for s in scenes for key in ("video", "pseudo")])
             self.models.vae.init_from(videos)
             self.averaged.vae.load_state_dict(self.models.vae.state_dict())
         elif self.stage != "vae" and not seen:
-            found = list(itertools.islice(stream, math.ceil(16 / self.recipe["batch"])))
+            found = list(scenes)
             for models in (self.models, self.averaged):
                 measure_units(models, found)
 
