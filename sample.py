@@ -279,13 +279,14 @@ def draw_tracks(axes, result, frame, azimuth, trail):
     paths = rearrange(result.tracks, "v n k c -> v k n c")[kept].numpy()                # (P,N,3)
     colours, recent = result.colours[kept].numpy(), paths[:, max(0, frame - trail):frame + 1]
     middle, lines = np.median(paths, (0, 1)), np.linspace(-0.2, 0.2, 9)
+    reach = max(0.18, np.quantile(np.abs(paths - middle).max(-1), 0.995))
     x, y = np.meshgrid(*(middle[:2, None].round(2) + lines))
     axes.plot_wireframe(x, y, 0 * x, color="0.85", linewidth=0.6)
     trails = LineCollection(recent[..., :2], colors=colours, linewidths=0.7, alpha=0.6)
     axes.add_collection3d(trails)                                       # makes it 3D, at z = 0
     trails.set_segments(recent)
     axes.scatter(*paths[:, frame].T, c=colours, s=7, depthshade=False, linewidths=0)
-    axes.set(**{f"{axis}lim": (c - 0.18, c + 0.18) for axis, c in zip("xyz", middle)})
+    axes.set(**{f"{axis}lim": (c - reach, c + reach) for axis, c in zip("xyz", middle)})
     axes.set_box_aspect((1, 1, 1), zoom=1.4)
     axes.view_init(28, azimuth)
 

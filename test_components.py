@@ -1007,6 +1007,18 @@ def test_a_cpu_keeps_the_scenes_of_small_and_a_gpu_does_not(tmp_path, monkeypatc
     assert kept("") == (0, everything, None) and kept("--scenes 5") == (5, 5, None)
 
 
+def test_from_nothing_a_cpu_in_fp32_takes_smaller_batches_unless_told(tmp_path):
+    def sizes(flags):
+        flags = f"--device cpu --stage all --out {tmp_path} {flags}"
+        recipe = train.Trainer(train.parse(flags.split())).recipe
+        return recipe["batch"], recipe["scenes"], recipe["steps"]["base"]
+    assert sizes("--precision bf16") == (4, 600, 500)
+    assert sizes("--precision fp32") == (1, 400, 1200)
+    assert sizes("--precision fp32 --batch 2 --scenes 9") == (2, 9, 1200)
+    assert sizes("--precision fp32 --stage joint") == (4, 600, 500)
+    assert sizes("--precision fp32 --preset tiny") == sizes("--precision bf16 --preset tiny")
+
+
 @pytest.mark.parametrize("stage", ["vae", "joint"])
 def test_ctrl_c_and_resume_equal_an_uninterrupted_run(run, tmp_path, monkeypatch, capsys, stage):
     losses, calls = train.stage_losses, itertools.count(1)
@@ -1026,7 +1038,7 @@ def test_ctrl_c_and_resume_equal_an_uninterrupted_run(run, tmp_path, monkeypatch
     assert same(*states)
 
 
-PAIR = "--stage joint --guidance-dropout 0 --log-every 1 --resume --steps 4 --sample-every 3"
+PAIR = "--stage joint --guidance-dropout 0 --log-every 1 --resume --steps 4 --sample-every 4"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -50,15 +50,19 @@ from mjd import (MJD, PATCH, PRESETS, REGISTER_TOKENS, SCALE_TOKENS, Block, Layo
 STAGES = {"vae": ["vae"], "base": ["mjd"], "dpa": ["dpa"], "joint": ["mjd", "dpa"]}   # trains what
 SHIPPED = Path(__file__).parent / "weights"
 
-# What a preset trains on, how fast (peak learning rate of each network) and for how long.
+# What a preset trains on, how fast (peak learning rate of each network) and for how long. fp32:
+# what differs in --stage all on a CPU in fp32: it is several times slower, and small batches learn
+# more in the first hour (trained weights they spoil: README, From nothing).
 RECIPES = {
     "tiny": dict(size=(32, 48), frames=5, views=2, tracks=32, scenes=0,
                  rate=dict(vae=1e-3, mjd=1e-3, dpa=3e-3), batch=2,
                  steps=dict(vae=40, base=40, dpa=40, joint=40),
                  dpa=dict(dim=32, depth=2, heads=2, patch=32)),
-    "small": dict(size=(64, 96), frames=13, views=3, tracks=256, scenes=400,
-                  rate=dict(vae=1e-3, mjd=8e-4, dpa=2e-3), batch=1,     # the hour's best: README
-                  steps=dict(vae=300, base=1200, dpa=150, joint=600),   # an hour on two CPU cores
+    "small": dict(size=(64, 96), frames=13, views=3, tracks=256, scenes=600,
+                  rate=dict(vae=1e-3, mjd=8e-4, dpa=2e-3), batch=4,
+                  steps=dict(vae=700, base=500, dpa=150, joint=750),    # an hour on two CPU cores
+                  fp32=dict(scenes=400, batch=1,                        # that have no bf16 units
+                            steps=dict(vae=300, base=1200, dpa=150, joint=600)),
                   dpa=dict(dim=96, depth=3, heads=2, patch=64)),
     "taco": dict(size=(256, 384), frames=25, views=3, tracks=1024, scenes=0,
                  rate=dict(vae=5e-4, mjd=2e-4, dpa=5e-4), batch=1,
@@ -98,7 +102,7 @@ class Settings:
                                      "(at most what --guidance-dropout leaves)")
     single_view: float = option(0.15, "share of joint steps with V = 1")
     scenes: int = option(-1, "distinct training scenes, 0 = no limit (each is new; slow on a CPU), "
-                             "-1 = the preset's (small: 400 on a CPU)")
+                             "-1 = the preset's (small: 600 on a CPU)")
     cache: str = option("", "folder that keeps rendered scenes or decoded TACO crops; on a CPU by "
                             "default OUT/scenes where --scenes limits them (2.3 MB each of small)")
     workers: int = option(1, "processes that prepare data (a GPU renders the world itself)")
@@ -347,7 +351,7 @@ class Trainer:
         self.device = pick_device(settings)
         self.group = self.rank, self.world = join_group(self.device)
         self.say = functools.partial(print, flush=True) if self.rank == 0 else lambda line: None
-        self.recipe = make_recipe(settings)
+        self.recipe = make_recipe(settings)                # sizes; see below
         self.out.mkdir(parents=True, exist_ok=True)
         self.asked_to_stop = self.interrupted = False      # by Ctrl-C: here, in some process
         self.load()
@@ -357,6 +361,7 @@ class Trainer:
             self.bf16 = self.state["bf16"]
         else:
             self.bf16 = self.mean(bf16_is_faster(self.device)) == 1           # all processes alike
+        self.recipe = make_recipe(settings, self.bf16)
         self.autocast = autocast(self.device, self.bf16)
         self.announce()
         save_memory = settings.checkpointing or self.recipe.get("checkpointing", False)
@@ -484,6 +489,9 @@ class Trainer:
                 self.validate()
             if self.step % self.settings.save_every == 0:
                 self.save()
+        every = self.settings.sample_every
+        if every and self.step % every and not self.interrupted:
+            self.validate()                   # a finished stage has a score
         if stage == "vae":
             count = math.ceil(32 / self.recipe["batch"] / self.recipe["views"])
             measure_latents(self.averaged.vae, itertools.islice(stream(self.step), count))
@@ -907,13 +915,15 @@ def autocast(device, bf16):
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-def make_recipe(settings):
-    """The preset's recipe with --size, --batch and --scenes in place."""
-    recipe = dict(RECIPES[settings.preset])
+def make_recipe(settings, bf16=True):
+    """The preset's recipe with --size, --batch and --scenes in place. bf16: what it trains in."""
+    recipe, cpu = dict(RECIPES[settings.preset]), pick_device(settings).type == "cpu"
+    if cpu and not bf16 and settings.stage == "all":
+        recipe |= recipe.get("fp32", {})
     recipe["batch"] = settings.batch or recipe["batch"]
     if settings.scenes >= 0:
         recipe["scenes"] = settings.scenes
-    elif settings.data == "taco" or pick_device(settings).type == "cuda":
+    elif settings.data == "taco" or not cpu:
         recipe["scenes"] = 0                  # TACO has its number, a GPU renders new ones
     if settings.size:
         try:
