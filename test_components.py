@@ -1010,12 +1010,14 @@ def test_a_cpu_keeps_the_scenes_of_small_and_a_gpu_does_not(tmp_path, monkeypatc
 def test_from_nothing_a_cpu_in_fp32_takes_smaller_batches_unless_told(tmp_path):
     def sizes(flags):
         flags = f"--device cpu --stage all --out {tmp_path} {flags}"
-        recipe = train.Trainer(train.parse(flags.split())).recipe
-        return recipe["batch"], recipe["scenes"], recipe["steps"]["base"]
-    assert sizes("--precision bf16") == (4, 600, 500)
-    assert sizes("--precision fp32") == (1, 400, 1200)
-    assert sizes("--precision fp32 --batch 2 --scenes 9") == (2, 9, 1200)
-    assert sizes("--precision fp32 --stage joint") == (4, 600, 500)
+        trainer = train.Trainer(train.parse(flags.split()))
+        trainer.begin("joint")
+        recipe, rate = trainer.recipe, trainer.optimiser.param_groups[0]["peak"]
+        return recipe["batch"], recipe["scenes"], recipe["steps"]["base"], rate
+    assert sizes("--precision bf16") == (4, 600, 500, 4e-4)
+    assert sizes("--precision fp32") == (1, 400, 1200, 2e-4)
+    assert sizes("--precision fp32 --batch 2 --scenes 9") == (2, 9, 1200, 2e-4)
+    assert sizes("--precision fp32 --stage joint") == (4, 600, 500, 4e-4)
     assert sizes("--precision fp32 --preset tiny") == sizes("--precision bf16 --preset tiny")
 
 

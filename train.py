@@ -52,7 +52,8 @@ SHIPPED = Path(__file__).parent / "weights"
 
 # What a preset trains on, how fast (peak learning rate of each network) and for how long. fp32:
 # what differs in --stage all on a CPU in fp32: it is several times slower, and small batches learn
-# more in the first hour (trained weights they spoil: README, From nothing).
+# more in the first hour (trained weights they spoil: README, From nothing). warmed: the share of
+# these rates in stage joint, by default half.
 RECIPES = {
     "tiny": dict(size=(32, 48), frames=5, views=2, tracks=32, scenes=0,
                  rate=dict(vae=1e-3, mjd=1e-3, dpa=3e-3), batch=2,
@@ -61,8 +62,8 @@ RECIPES = {
     "small": dict(size=(64, 96), frames=13, views=3, tracks=256, scenes=600,
                   rate=dict(vae=1e-3, mjd=8e-4, dpa=2e-3), batch=4,
                   steps=dict(vae=700, base=500, dpa=150, joint=750),    # an hour on two CPU cores
-                  fp32=dict(scenes=400, batch=1,                        # that have no bf16 units
-                            steps=dict(vae=300, base=1200, dpa=150, joint=600)),
+                  fp32=dict(scenes=400, batch=1, warmed=0.25,           # that have no bf16 units
+                            steps=dict(vae=300, base=1200, dpa=150, joint=300)),
                   dpa=dict(dim=96, depth=3, heads=2, patch=64)),
     "taco": dict(size=(256, 384), frames=25, views=3, tracks=1024, scenes=0,
                  rate=dict(vae=5e-4, mjd=2e-4, dpa=5e-4), batch=1,
@@ -95,7 +96,8 @@ class Settings:
     size: str = option("", "picture size HxW, default the preset's (for progressive resolution)")
     steps: int = option(0, "steps of the stage, 0 = the preset's")
     batch: int = option(0, "scenes a step, 0 = the preset's")
-    rate: float = option(0.0, "peak learning rate, 0 = the preset's (joint: half of it)")
+    rate: float = option(0.0, "peak learning rate, 0 = the preset's (joint: half of it, a "
+                                "quarter with the batches of fp32)")
     minutes: float = option(0.0, "stop a stage after so many minutes (decay included), 0 = never")
     guidance_dropout: float = option(0.1, "share of joint steps of the MJD alone, without guidance")
     true_tracks: float = option(0.5, "share of joint steps of the MJD alone, guided by true tracks "
@@ -419,7 +421,8 @@ class Trainer:
         self.found = {}                            # loss parts and gradient norm of a step
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        warmed = 0.5 if stage == "joint" else 1.0                 # it starts from trained networks
+        # Joint starts from trained networks.
+        warmed = self.recipe.get("warmed", 0.5) if stage == "joint" else 1.0
         groups = [dict(params=list(self.models.networks[name].parameters()),
                        peak=self.settings.rate or warmed * self.recipe["rate"][name])
                   for name in self.names]
