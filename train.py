@@ -61,7 +61,7 @@ RECIPES = {
                  dpa=dict(dim=32, depth=2, heads=2, patch=32)),
     "small": dict(size=(64, 96), frames=13, views=3, tracks=256, scenes=600,
                   rate=dict(vae=1e-3, mjd=8e-4, dpa=2e-3), batch=4,
-                  steps=dict(vae=700, base=500, dpa=150, joint=750),    # an hour on two CPU cores
+                  steps=dict(vae=700, base=500, dpa=150, joint=750),    # two CPU cores, see README
                   fp32=dict(scenes=400, batch=1, warmed=0.25,           # that have no bf16 units
                             steps=dict(vae=300, base=1200, dpa=150, joint=300)),
                   dpa=dict(dim=96, depth=3, heads=2, patch=64)),
@@ -96,8 +96,8 @@ class Settings:
     size: str = option("", "picture size HxW, default the preset's (for progressive resolution)")
     steps: int = option(0, "steps of the stage, 0 = the preset's")
     batch: int = option(0, "scenes a step, 0 = the preset's")
-    rate: float = option(0.0, "peak learning rate, 0 = the preset's (joint: half of it, a "
-                                "quarter with the batches of fp32)")
+    rate: float = option(0.0, "peak learning rate, 0 = the preset's (joint: half of it; small from "
+                              "nothing in fp32 on a CPU: a quarter)")
     minutes: float = option(0.0, "stop a stage after so many minutes (decay included), 0 = never")
     guidance_dropout: float = option(0.1, "share of joint steps of the MJD alone, without guidance")
     true_tracks: float = option(0.5, "share of joint steps of the MJD alone, guided by true tracks "
@@ -353,7 +353,7 @@ class Trainer:
         self.device = pick_device(settings)
         self.group = self.rank, self.world = join_group(self.device)
         self.say = functools.partial(print, flush=True) if self.rank == 0 else lambda line: None
-        self.recipe = make_recipe(settings)                # sizes; see below
+        self.recipe = make_recipe(settings)                # its sizes; the rest is chosen below
         self.out.mkdir(parents=True, exist_ok=True)
         self.asked_to_stop = self.interrupted = False      # by Ctrl-C: here, in some process
         self.load()
