@@ -37,7 +37,7 @@ from matplotlib.figure import Figure
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from cycle import (Models, align, bf16_is_faster, diffuse, dpa_losses, draw, encode_sample, fold,
                    joint_losses, load_models, mjd_losses, moving_psnr, out_of_memory,
@@ -62,8 +62,8 @@ RECIPES = {
     "small": dict(size=(64, 96), frames=13, views=3, tracks=256, scenes=600,
                   rate=dict(vae=1e-3, mjd=8e-4, dpa=2e-3), batch=4,
                   steps=dict(vae=700, base=500, dpa=150, joint=750),    # two CPU cores, see README
-                  fp32=dict(scenes=400, batch=1, warmed=0.25,           # that have no bf16 units
-                            steps=dict(vae=300, base=1200, dpa=150, joint=300)),
+                  fp32=dict(scenes=600, batch=1, warmed=0.25,           # that have no bf16 units
+                            steps=dict(vae=300, base=1700, dpa=150, joint=300)),
                   dpa=dict(dim=96, depth=3, heads=2, patch=64)),
     "taco": dict(size=(256, 384), frames=25, views=3, tracks=1024, scenes=0,
                  rate=dict(vae=5e-4, mjd=2e-4, dpa=5e-4), batch=1,
@@ -118,7 +118,7 @@ class Settings:
                                         "(taco and paper always do)")
     log_every: int = option(20, "steps between log lines")
     save_every: int = option(200, "steps between checkpoints")
-    sample_every: int = option(300, "steps between validation samples, 0 = never")
+    sample_every: int = option(500, "steps between validation samples, 0 = never")
     seed: int = option(0, "of weights, data and noise")
     benchmark: bool = option(False, "measure the speed of everything on this machine, and stop")
     json: str = option("", "where --benchmark writes its numbers")
@@ -193,36 +193,39 @@ def make_dataset(settings, recipe, split):
     return SyntheticHOI(split, device=device, length=limit, **shape)
 
 
-class EncodedScenes(Dataset):
-    """A finite data set whose scenes carry latents in place of their videos: with the VAE frozen
-    each is encoded once and then kept in memory (0.8 MB a scene of `small`)."""
-
-    def __init__(self, dataset, vae, autocast):
-        self.dataset, self.vae, self.autocast, self.kept = dataset, vae, autocast, {}
-
-    def __len__(self):
-        return len(self.dataset)
-
-    @torch.no_grad()
-    def __getitem__(self, index):
-        if index not in self.kept:
-            scene = default_collate([self.dataset[index]])
-            with self.autocast:
-                scene |= encode_sample(self.vae, to_device(scene, self.vae.latent_mean.device))
-            self.kept[index] = {key: value[0].cpu() if torch.is_tensor(value) else value[0]
-                                for key, value in scene.items() if key not in ("video", "pseudo")}
-        return self.kept[index]
-
-
 def batches(dataset, order, workers, device):
     """Endless: collated samples on the device, in the order of scene_order()."""
     if isinstance(dataset, SyntheticHOI) and device.type == "cuda" and not dataset.cache:
         yield from map(dataset.batch, order)                  # the GPU renders its own scenes
-    if isinstance(dataset, EncodedScenes):
-        workers = 0                                       # this process has the VAE and the latents
     for batch in DataLoader(dataset, batch_sampler=order, num_workers=workers,
                             pin_memory=device.type == "cuda", worker_init_fn=ignore_ctrl_c):
         yield to_device(batch, device)
+
+
+def encoded_batches(dataset, order, workers, device, vae, autocast):
+    """batches() of a finite data set, with latents in place of videos: with the VAE frozen each
+    scene is encoded once, then kept in memory (0.8 MB a scene of `small`)."""
+    kept, (order, ahead) = {}, itertools.tee(order)
+    first_uses = itertools.islice(first_seen(itertools.chain.from_iterable(ahead)), len(dataset))
+    new_scenes = batches(dataset, ([index] for index in first_uses), workers, device)
+    for indices in order:
+        for index in indices:
+            if index not in kept:
+                scene = next(new_scenes)
+                with torch.no_grad(), autocast:
+                    scene |= encode_sample(vae, scene)
+                kept[index] = {key: value[0].cpu() if torch.is_tensor(value) else value[0]
+                               for key, value in scene.items() if key not in ("video", "pseudo")}
+        yield to_device(default_collate([kept[index] for index in indices]), device)
+
+
+def first_seen(values):
+    """Each of the values where it first occurs."""
+    seen = set()
+    for value in values:
+        if value not in seen:
+            seen.add(value)
+            yield value
 
 
 def ignore_ctrl_c(worker):
@@ -470,12 +473,13 @@ class Trainer:
             raise ValueError("--data-root: expected a sequence of split train that can be read, "
                              "got none: see the lines above, or python data.py --taco DIR --mano "
                              "DIR")
-        if stage != "vae" and self.recipe["scenes"]:
-            dataset = EncodedScenes(dataset, self.models.vae, self.autocast)
 
         def stream(step, group=(0, 1)):       # by default the same scenes in all processes
             order = scene_order(len(dataset), self.settings.seed, step, self.recipe["batch"], group)
-            return batches(dataset, order, self.settings.workers, self.device)
+            source = dataset, order, self.settings.workers, self.device
+            if stage == "vae" or not self.recipe["scenes"]:
+                return batches(*source)
+            return encoded_batches(*source, self.models.vae, self.autocast)
         if self.step == 0:
             self.first_scenes(stream(0))
         scenes, progress = stream(self.step, self.group), 0.0
