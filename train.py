@@ -62,7 +62,7 @@ RECIPES = {
     "small": dict(size=(64, 96), frames=13, views=3, tracks=256, scenes=600,
                   rate=dict(vae=1e-3, mjd=8e-4, dpa=2e-3), batch=4,
                   steps=dict(vae=700, base=500, dpa=150, joint=750),    # two CPU cores, see README
-                  fp32=dict(scenes=600, batch=1, warmed=0.25,           # that have no bf16 units
+                  fp32=dict(batch=1, warmed=0.25,                       # that have no bf16 units
                             steps=dict(vae=300, base=1700, dpa=150, joint=300)),
                   dpa=dict(dim=96, depth=3, heads=2, patch=64)),
     "taco": dict(size=(256, 384), frames=25, views=3, tracks=1024, scenes=0,
@@ -204,7 +204,8 @@ def batches(dataset, order, workers, device):
 
 def encoded_batches(dataset, order, workers, device, vae, autocast):
     """batches() of a finite data set, with latents in place of videos: with the VAE frozen each
-    scene is encoded once, then kept in memory (0.8 MB a scene of `small`)."""
+    scene is encoded once, then kept in memory (0.8 MB a scene of `small`). Workers render the
+    scenes to come while this process trains."""
     kept, (order, ahead) = {}, itertools.tee(order)
     first_uses = itertools.islice(first_seen(itertools.chain.from_iterable(ahead)), len(dataset))
     new_scenes = batches(dataset, ([index] for index in first_uses), workers, device)
