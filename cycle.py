@@ -329,11 +329,18 @@ def draw_guidance(vae, tracks, coarse, cameras, reference, given):
         vae.encode(2 * pseudo.unflatten(0, (batch, views)) - 1, "motion")], 2)
 
 
-def align(dpa, noisy, coarse, t, cameras):
-    """One DPA estimate: velocity of `noisy` (B,V,N,K,3), normalised (Sec. 3.4, Eq. 4)."""
+def align(dpa, noisy, coarse, t, cameras, generator=None):
+    """One DPA estimate: velocity of `noisy` (B,V,N,K,3), normalised (Sec. 3.4, Eq. 4).
+
+    A generator draws where its voxels and curves begin, within half a metre of the world's origin
+    (without one they begin there). Where they cut the cloud is chance, so the mean of estimates
+    that are cut differently errs less, above all between views.
+    """
+    origin = None if generator is None else torch.rand(3, generator=generator).to(noisy) / 2
     height, width = coarse.pseudo.shape[-2:]
     anchors = coarse.anchors / coarse.anchors.new_tensor([width, height])
-    return dpa(noisy, coarse.tracks, t, coarse.valid, anchors, camera_centres(cameras[1]))
+    centres = camera_centres(cameras[1])
+    return dpa(noisy, coarse.tracks, t, coarse.valid, anchors, centres, origin)
 
 
 # --------------------------------------------------------------------------- training (Alg. 1)
@@ -518,7 +525,7 @@ class SampleState:
     latents: torch.Tensor    # of the video, (B,V,C,n,h,w)
     motion: torch.Tensor     # of the pseudo video, (B,V,C,n,h,w)
     coarse: Coarse           # what that pseudo video says
-    tracks: torch.Tensor     # (B,V,N,K,3) metres: aligned by the DPA, or coarse without it
+    tracks: torch.Tensor     # (B,V,N,K,3) metres: mean of the DPA's so far, or coarse without it
     vae: VideoVAE            # to decode with
 
     def video(self):
@@ -540,7 +547,8 @@ def sample(models, reference, given, prompts, cameras, frames, steps=25, text_sc
     than in training. At 1 small networks turn all that they do not know into noise, each token its
     own; towards 0 into a blur, which is nearer to the truth.
     Every `cycle_every` steps (and at the last) the DPA aligns the coarse tracks of the clean
-    estimate; drawn and encoded they guide the next MJD steps. cycle=False: the DPA aligns, but
+    estimate; drawn and encoded they guide the next MJD steps. Beyond the paper, the tracks are the
+    mean of all its estimates so far (of the same anchors). cycle=False: the DPA aligns, but
     nothing is fed back. use_dpa=False: no DPA, and so no loop. The paper's sampling pseudo-code is
     unpublished: this is training's Alg. 1 with the estimate of the step before.
     """
@@ -561,7 +569,7 @@ def sample(models, reference, given, prompts, cameras, frames, steps=25, text_sc
     point_noise = noise(batch, views, frames, num_tracks, 3)
     predict = text_guided(models.mjd, prompts, camera_rays(cameras, size), given, text_scale,
                           loop_scale)
-    points, guidance, slots = point_noise, None, None
+    points, guidance, slots, mean, count = point_noise, None, None, point_noise, 0
     times = FLOW.times(steps)
     for step, (t, t_next) in enumerate(zip(times, times[1:])):
         video = insert_reference(video, clean_reference, given)
@@ -575,13 +583,16 @@ def sample(models, reference, given, prompts, cameras, frames, steps=25, text_sc
         tracks = coarse.tracks
         if use_dpa and (step % cycle_every == 0 or step == steps - 1):
             now = torch.full((batch,), t, device=device)
-            points = restart_slots(points, slots, coarse, point_noise, t, models.dpa)
-            velocity = align(models.dpa, points, coarse, now, cameras)
-            tracks = models.dpa.denormalise(FLOW.predict(velocity, points, t)[0])
+            new = slots_moved(slots, coarse.anchors)
+            points = restart_slots(points, new, coarse, point_noise, t, models.dpa)
+            velocity = align(models.dpa, points, coarse, now, cameras, generator)
+            estimate = models.dpa.denormalise(FLOW.predict(velocity, points, t)[0])
+            count = torch.where(new, 1, count + 1)
+            tracks = mean = mean + (estimate - mean) / count
             t_points = times[min(step + cycle_every, max(step + 1, steps - 1))]
             points, slots = FLOW.step(velocity, points, t, t_points), coarse.anchors
             if cycle and step < steps - 1:
-                guidance = draw_guidance(models.vae, tracks, coarse, cameras, reference, given)
+                guidance = draw_guidance(models.vae, estimate, coarse, cameras, reference, given)
         yield SampleState(step + 1, t, clean_video, clean_motion, coarse, tracks, models.vae)
 
 
@@ -612,14 +623,17 @@ def text_guided(mjd, prompts, rays, given, text_scale, loop_scale):
     return predict
 
 
-def restart_slots(points, slots, coarse, noise, t, dpa):
-    """M_t (B,V,N,K,3) in which slots that follow another anchor than at the step before start anew
-    from the coarse track, at noise level t. slots: that step's anchors (B,V,K,2), or None."""
-    if slots is None:
-        return points
-    moved = (slots != coarse.anchors).any(-1)[:, :, None, :, None]
+def slots_moved(before, anchors):
+    """Which slots follow another anchor (B,V,K,2) than before: (B,V,1,K,1) bool; all if before is
+    None."""
+    moved = torch.ones_like(anchors).bool() if before is None else before != anchors
+    return moved.any(-1)[:, :, None, :, None]
+
+
+def restart_slots(points, new, coarse, noise, t, dpa):
+    """M_t (B,V,N,K,3) in which new slots start from the coarse track, at noise level t."""
     clean = dpa.normalise(torch.where(coarse.valid[..., None], coarse.tracks, dpa.scene_centre))
-    return torch.where(moved, FLOW.add_noise(clean, noise, t), points)
+    return torch.where(new, FLOW.add_noise(clean, noise, t), points)
 
 
 # --------------------------------------------------------------------------------------- lesson

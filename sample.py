@@ -524,14 +524,15 @@ def run(models, scenes, settings, shown=None, **options):
 
 def followed(models, state, scenes, settings):
     """Tracks (B,V,N,K,3) in metres of the true anchors in a finished sample that was not told them:
-    read from its motion, aligned in one step from noise."""
+    read from its motion, aligned from noise; the mean of as many estimates as it had steps."""
     points, cameras = scenes["tracks"], (scenes["intrinsics"], scenes["extrinsics"])
     generator = torch.Generator().manual_seed(settings.seed)
     noise = settings.temperature * torch.randn(points.shape, generator=generator).to(points)
     with settings.autocast:
         coarse = read_tracks(models.vae, state.motion, state.coarse.scale, cameras,
                              true_anchors(scenes))
-        velocity = align(models.dpa, noise, coarse, torch.ones_like(points[:, 0, 0, 0, 0]), cameras)
+        velocity = sum(align(models.dpa, noise, coarse, torch.ones_like(points[:, 0, 0, 0, 0]),
+                             cameras, generator) for _ in range(state.step)) / state.step
     return models.dpa.denormalise(noise - velocity)
 
 

@@ -847,6 +847,33 @@ def test_zero_rounds_of_the_loop_equal_the_plain_sampler(models, batch, closed):
         assert not torch.equal(last.tracks, closed[-1].tracks), switch
 
 
+def test_sampled_tracks_are_the_mean_of_the_aligners_estimates(models, batch, monkeypatch):
+    estimates, origins = [], []
+
+    def recorded(dpa, noisy, coarse, t, *rest, original=cycle.align):
+        velocity = original(dpa, noisy, coarse, t, *rest)
+        estimates.append((dpa.denormalise(noisy - t[0] * velocity), coarse.anchors))
+        return velocity
+
+    def layout(points, size, patch, origin=None, original=dpa.build_layout):
+        origins.append(origin)
+        return original(points, size, patch, origin)
+    monkeypatch.setattr(cycle, "align", recorded)
+    monkeypatch.setattr(dpa, "build_layout", layout)
+    for state in states(models, batch):
+        now = estimates[state.step - 1][1]
+        followed, total, count = torch.ones_like(now[..., 0]).bool(), 0, 0
+        for found, anchors in estimates[state.step - 1::-1]:    # back to where a slot was new
+            followed = followed & (anchors == now).all(-1)
+            total, count = total + followed[:, :, None, :, None] * found, count + followed.float()
+        assert close(state.tracks, total / count[:, :, None, :, None])
+    assert len({tuple(origin.tolist()) for origin in origins}) == 3
+    points = 0.02 * torch.randint(-20, 20, (2, 50, 3)) + 0.0103
+    layouts = (dpa.build_layout(points + 3, 0.02, 16, torch.full((3,), 3.0)),
+               dpa.build_layout(points, 0.02, 16))
+    assert same(*layouts)                                       # the cloud and its grid moved along
+
+
 def test_joint_losses_follow_algorithm_1_and_gradients_reach_every_parameter(batch):
     models = awake_models()
 
@@ -874,7 +901,9 @@ def test_slots_that_follow_another_anchor_start_anew(models, batch):
     coarse = cycle.Coarse(anchors, batch["scale"], None, tracks, torch.ones_like(batch["visible"]))
     points, noise, before = *torch.randn(2, *tracks.shape), anchors.clone()
     before[:, :, 0] += 1
-    found = cycle.restart_slots(points, before, coarse, noise, 0.5, models.dpa)
+    new = cycle.slots_moved(before, anchors)                    # (B, V, 1, K, 1)
+    found = cycle.restart_slots(points, new, coarse, noise, 0.5, models.dpa)
+    assert new.sum() == 4 and cycle.slots_moved(None, anchors).all()
     assert same(found[..., 1:, :], points[..., 1:, :])
     assert close(found[..., 0, :], ((models.dpa.normalise(tracks) + noise) / 2)[..., 0, :])
     read = functools.partial(cycle.read_tracks, models.vae, models.vae.encode(batch["pseudo"]),
