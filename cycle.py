@@ -536,7 +536,7 @@ class SampleState:
 @torch.no_grad()
 def sample(models, reference, given, prompts, cameras, frames, steps=25, text_scale=1.0,
            loop_scale=1.0, num_tracks=256, anchors=None, cycle=True, use_dpa=True, cycle_every=1,
-           temperature=0.3, seed=0):
+           temperature=0.1, seed=0):
     """The closed loop of Sec. 3.5: a generator of one SampleState a step, the last is the result.
 
     reference (B,V,3,H,W) in [-1,1], ignored where given (B,V) is False; prompts: B strings;
