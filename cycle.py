@@ -545,7 +545,7 @@ def sample(models, reference, given, prompts, cameras, frames, steps=25, text_sc
     references, 1 = as trained; tokens and motion see the guidance all the same; anchors (B,V,K,2)
     pixels to follow, or None to choose them; temperature: z_1 and M_1 are so many times smaller
     than in training. At 1 small networks turn all that they do not know into noise, each token its
-    own; towards 0 into a blur, which is nearer to the truth.
+    own.
     Every `cycle_every` steps (and at the last) the DPA aligns the coarse tracks of the clean
     estimate; drawn and encoded they guide the next MJD steps. Beyond the paper, the tracks are the
     mean of all its estimates so far (of the same anchors). cycle=False: the DPA aligns, but
@@ -569,7 +569,7 @@ def sample(models, reference, given, prompts, cameras, frames, steps=25, text_sc
     point_noise = noise(batch, views, frames, num_tracks, 3)
     predict = text_guided(models.mjd, prompts, camera_rays(cameras, size), given, text_scale,
                           loop_scale)
-    points, guidance, slots, mean, count = point_noise, None, None, point_noise, 0
+    points, guidance, slots, mean, count = point_noise, None, None, 0, 0
     times = FLOW.times(steps)
     for step, (t, t_next) in enumerate(zip(times, times[1:])):
         video = insert_reference(video, clean_reference, given)

@@ -69,7 +69,7 @@ def parse(arguments=None):
     add("--text-scale", type=float, default=1.0, help="guidance on the text, 1 = off")
     add("--loop-scale", type=float, help="times as far towards the references that the loop "
         f"carries along: {SHARP:g}, sharp; with --eval 1, as trained: right on average, blurred")
-    add("--temperature", type=float, default=0.1, help="of the noise: 0 = blur, 1 = as trained")
+    add("--temperature", type=float, default=0.1, help="of the noise: 0 = none, 1 = as trained")
     add("--cycle-every", type=int, default=1, help="steps between rounds of the loop")
     add("--no-cycle", action="store_true", help="no loop: aligned tracks do not guide the video")
     add("--no-dpa", action="store_true", help="no aligner, hence no loop: the coarse tracks")
