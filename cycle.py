@@ -329,14 +329,14 @@ def draw_guidance(vae, tracks, coarse, cameras, reference, given):
         vae.encode(2 * pseudo.unflatten(0, (batch, views)) - 1, "motion")], 2)
 
 
-def align(dpa, noisy, coarse, t, cameras, generator=None):
+def align(dpa, noisy, coarse, t, cameras, generators):
     """One DPA estimate: velocity of `noisy` (B,V,N,K,3), normalised (Sec. 3.4, Eq. 4).
 
-    A generator draws where its voxels and curves begin, within half a metre of the world's origin
-    (without one they begin there). Where they cut the cloud is chance, so the mean of estimates
-    that are cut differently errs less, above all between views.
+    The generators, one a sample, draw where its voxels and curves begin, within half a metre of the
+    world's origin. Where they cut the cloud is chance, so the DPA is trained on all cuts, and the
+    mean of estimates that are cut differently errs less, above all between views.
     """
-    origin = None if generator is None else torch.rand(3, generator=generator).to(noisy) / 2
+    origin = draw(torch.rand, generators, 3).to(noisy) / 2
     height, width = coarse.pseudo.shape[-2:]
     anchors = coarse.anchors / coarse.anchors.new_tensor([width, height])
     centres = camera_centres(cameras[1])
@@ -430,7 +430,8 @@ def refine(models, noisy):
                                     models.mjd.encode_text(noisy.prompts), noisy.rays, noisy.given)
     clean, _ = FLOW.predict(velocity, noisy.z["motion"], noisy.t)
     coarse = read_tracks(models.vae, clean, scale, noisy.cameras, noisy.anchors)
-    velocity = align(models.dpa, noisy.z["points"], coarse, noisy.t, noisy.cameras)
+    velocity = align(models.dpa, noisy.z["points"], coarse, noisy.t, noisy.cameras,
+                     noisy.generators)
     # Older torch (before pull request 165068) would give the weights that autocast has cast here,
     # without gradient, to the passes that need one.
     torch.clear_autocast_cache()
@@ -504,7 +505,7 @@ def dpa_losses(models, noisy, motion, scale, chamfer_points=256):
     with torch.no_grad():
         coarse = read_tracks(models.vae, motion, scale, noisy.cameras, noisy.anchors)
     truth, z = noisy.clean["points"], noisy.z["points"]
-    velocity = align(models.dpa, z, coarse, noisy.t, noisy.cameras)
+    velocity = align(models.dpa, z, coarse, noisy.t, noisy.cameras, noisy.generators)
     clean, _ = FLOW.predict(velocity, z, noisy.t)
     some = draw(lambda shape, generator: torch.randperm(*shape, generator=generator),
                 noisy.generators, z.shape[1] * z.shape[3])[:, :chamfer_points].to(z.device)
@@ -585,7 +586,7 @@ def sample(models, reference, given, prompts, cameras, frames, steps=25, text_sc
             now = torch.full((batch,), t, device=device)
             new = slots_moved(slots, coarse.anchors)
             points = restart_slots(points, new, coarse, point_noise, t, models.dpa)
-            velocity = align(models.dpa, points, coarse, now, cameras, generator)
+            velocity = align(models.dpa, points, coarse, now, cameras, [generator] * batch)
             estimate = models.dpa.denormalise(FLOW.predict(velocity, points, t)[0])
             count = torch.where(new, 1, count + 1)
             tracks = mean = mean + (estimate - mean) / count

@@ -137,10 +137,8 @@ class Layout(NamedTuple):
     curves: tuple              # z-order, and transposed z-order shifted by half a patch
 
 
-def build_layout(points, voxel_size, patch, origin=None):
-    """points (G, P, 3), voxel_size and where the grid begins (3,), by default 0, all in metres;
-    patch in points -> Layout."""
-    points = points if origin is None else points - origin
+def build_layout(points, voxel_size, patch):
+    """points (G, P, 3) and voxel_size in metres, patch in points -> Layout."""
     keys, voxel, counts = voxelize(points, voxel_size)
     cells = grid_cells(points, voxel_size / CURVE_CELLS, CURVE_BITS)
     curves = serialize(cells, patch), serialize(cells[..., [1, 0, 2]], patch, shift=patch // 2)
@@ -316,7 +314,7 @@ class DPA(nn.Module):
 
         noisy (B,V,N,K,3) normalised; coarse (B,V,N,K,3) world, metres, may be garbage, even nan,
         where valid (B,V,N,K) bool is False; t (B,) in [0,1]; anchors (B,V,K,2) in [0,1] of the
-        image; camera_centres (B,V,3) world, metres; origin (3,) of the grid of voxels and curves,
+        image; camera_centres (B,V,3) world, metres; origin (B,3) of the grid of voxels and curves,
         world, metres, default 0. Returns (B,V,N,K,3) float32, normalised.
         """
         slots = tuple(valid.shape)                                           # (B, V, N, K)
@@ -329,8 +327,10 @@ class DPA(nn.Module):
                                  f"{tuple(tensor.shape)}")
         coarse, std = fill_invalid(self.normalise(coarse), valid)
         shift, velocity, gain = gaussian_prior(noisy.float(), coarse, std, t)
-        points = rearrange(self.denormalise(coarse), "b view frame k xyz -> (b frame) (view k) xyz")
-        layout = build_layout(points, self.voxel_size, self.patch, origin)
+        points = self.denormalise(coarse)
+        points = points if origin is None else points - origin[:, None, None, None]
+        points = rearrange(points, "b view frame k xyz -> (b frame) (view k) xyz")
+        layout = build_layout(points, self.voxel_size, self.patch)
         # The error is largest along the ray, so the network sees it and may answer along it.
         ray = F.normalize(coarse - self.normalise(camera_centres)[:, :, None, None], dim=-1)
         known = self.describe(coarse, ray, valid, anchors)

@@ -531,8 +531,9 @@ def followed(models, state, scenes, settings):
     with settings.autocast:
         coarse = read_tracks(models.vae, state.motion, state.coarse.scale, cameras,
                              true_anchors(scenes))
-        velocity = sum(align(models.dpa, noise, coarse, torch.ones_like(points[:, 0, 0, 0, 0]),
-                             cameras, generator) for _ in range(state.step)) / state.step
+        now, generators = torch.ones_like(points[:, 0, 0, 0, 0]), [generator] * len(points)
+        velocity = sum(align(models.dpa, noise, coarse, now, cameras, generators)
+                       for _ in range(state.step)) / state.step
     return models.dpa.denormalise(noise - velocity)
 
 

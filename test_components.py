@@ -848,18 +848,14 @@ def test_zero_rounds_of_the_loop_equal_the_plain_sampler(models, batch, closed):
 
 
 def test_sampled_tracks_are_the_mean_of_the_aligners_estimates(models, batch, monkeypatch):
-    estimates, origins = [], []
+    estimates = []
 
     def recorded(dpa, noisy, coarse, t, *rest, original=cycle.align):
         velocity = original(dpa, noisy, coarse, t, *rest)
         estimates.append((dpa.denormalise(noisy - t[0] * velocity), coarse.anchors))
         return velocity
 
-    def layout(points, size, patch, origin=None, original=dpa.build_layout):
-        origins.append(origin)
-        return original(points, size, patch, origin)
     monkeypatch.setattr(cycle, "align", recorded)
-    monkeypatch.setattr(dpa, "build_layout", layout)
     for state in states(models, batch):
         now = estimates[state.step - 1][1]
         followed, total, count = torch.ones_like(now[..., 0]).bool(), 0, 0
@@ -867,11 +863,30 @@ def test_sampled_tracks_are_the_mean_of_the_aligners_estimates(models, batch, mo
             followed = followed & (anchors == now).all(-1)
             total, count = total + followed[:, :, None, :, None] * found, count + followed.float()
         assert close(state.tracks, total / count[:, :, None, :, None])
-    assert len({tuple(origin.tolist()) for origin in origins}) == 3
-    points = 0.02 * torch.randint(-20, 20, (2, 50, 3)) + 0.0103
-    layouts = (dpa.build_layout(points + 3, 0.02, 16, torch.full((3,), 3.0)),
-               dpa.build_layout(points, 0.02, 16))
-    assert same(*layouts)                                       # the cloud and its grid moved along
+
+
+def test_every_estimate_of_the_aligner_cuts_the_cloud_elsewhere(models, batch, monkeypatch):
+    clouds = []
+
+    def layout(points, size, patch, original=dpa.build_layout):
+        clouds.extend(points.unflatten(0, (-1, 5))[:, 0, 0])    # a point of each sample's cloud
+        return original(points, size, patch)
+    monkeypatch.setattr(dpa, "build_layout", layout)
+    inputs = dpa_inputs(B=2, N=5) | dict(valid=torch.ones(2, 3, 5, 20).bool())
+    for origin in (None, torch.tensor([[0.1, 0.2, 0.3], [0.3, 0.2, 0.1]])):
+        models.dpa(**inputs, origin=origin)
+    still, moved = clouds[:2], clouds[2:]
+    assert close(torch.stack(still) - torch.stack(moved), origin)
+    clouds.clear()
+    noisy = cycle.diffuse(models, batch, [seeded(), seeded(1)])            # and in training
+    noisy.even_t = torch.ones(2)                                           # of refine(), always
+    for function, rest in ((cycle.refine, ()),
+                           (cycle.dpa_losses, (noisy.clean["motion"], noisy.scale))):
+        clouds.clear()
+        for _ in range(2):
+            function(models, noisy, *rest)
+        first, second = (clouds[0] - clouds[2]), (clouds[1] - clouds[3])
+        assert (first != 0).all() and not close(first, second, 1e-3)
 
 
 def test_joint_losses_follow_algorithm_1_and_gradients_reach_every_parameter(batch):
@@ -1017,6 +1032,18 @@ def test_a_run_through_all_stages_leaves_a_complete_folder(trained, run, capsys)
     assert {"checkpoint.pt", "weights.pt", "loss.png"} <= {path.name for path in trained.iterdir()}
     assert run(trained, "--stage joint --steps 1") == 0              # starts from what is there
     assert f"starting from {trained}" in capsys.readouterr().out
+
+
+def test_keep_latents_trains_the_decoder_alone(trained, run, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    assert run(tmp_path / "run", "--stage vae --keep-latents --steps 2") == 0
+    before, after = (cycle.load_models(folder / "checkpoint.pt").vae
+                     for folder in (trained, tmp_path / "run"))
+    video = torch.rand(1, 3, 5, 32, 48)
+    assert same(before.encode(video, "motion"), after.encode(video, "motion"))
+    for name, value in before.state_dict().items():
+        decoder = name.startswith(("from_latent", "decode_", "linear_decode", "to_pixels"))
+        assert torch.equal(after.state_dict()[name], value) != decoder, name
 
 
 def test_a_gpu_renders_its_own_scenes(monkeypatch):
@@ -1381,7 +1408,7 @@ BAD = dict(
         --cache FILE/c;--data taco;--data taco --data-root /no --mano-dir /no --scenes -1;
         --data taco --data-root /no --mano-dir /no --scenes 3;--seed 999999999999;
         --out TRAINED --preset small;--out TRAINED --stage all;--out TRAINED --stage vae --resume;
-        --out TRAINED --stage base --resume""",
+        --out TRAINED --stage base --resume;--keep-latents;--stage vae --keep-latents""",
     sample=f"""--ref;--ref none.png;--ref FILE;--ref /tmp;--ref REF REF REF;--prompt=;--steps 0;
         --prompt {'x' * 99};--scenes 0;--seed -1;--text-scale nan;--cycle-every 0;--cameras FILE;
         --temperature -1;--loop-scale -1;--eval;--cameras none.json;--weights FILE;

@@ -64,7 +64,7 @@ RECIPES = {
                   steps=dict(vae=700, base=500, dpa=150, joint=750),    # two CPU cores, see README
                   fp32=dict(batch=1, warmed=0.25,                       # that have no bf16 units
                             steps=dict(vae=300, base=1700, dpa=150, joint=300)),
-                  dpa=dict(dim=96, depth=3, heads=2, patch=64)),
+                  dpa=dict(dim=96, depth=3, heads=2, patch=128)),
     "taco": dict(size=(256, 384), frames=25, views=3, tracks=1024, scenes=0,
                  rate=dict(vae=5e-4, mjd=2e-4, dpa=5e-4), batch=1,
                  steps=dict(vae=50_000, base=40_000, dpa=20_000, joint=60_000), checkpointing=True,
@@ -103,6 +103,8 @@ class Settings:
     true_tracks: float = option(0.5, "share of joint steps of the MJD alone, guided by true tracks "
                                      "(at most what --guidance-dropout leaves)")
     single_view: float = option(0.15, "share of joint steps with V = 1")
+    keep_latents: bool = option(False, "stage vae: train the decoder alone, so that networks that "
+                                       "were trained on its latents stay valid")
     scenes: int = option(-1, "distinct training scenes, 0 = no limit (each is new; slow on a CPU), "
                              "-1 = the preset's (small: 600 on a CPU)")
     cache: str = option("", "folder that keeps rendered scenes or decoded TACO crops; on a CPU by "
@@ -401,8 +403,11 @@ class Trainer:
                                  "leave --resume out to start that stage from its weights")
         elif settings.resume:
             raise ValueError(f"--resume: expected {path}, found none: leave --resume out to start")
-        elif settings.stage not in ("vae", "all") and shipped.exists():
+        elif (settings.stage not in ("vae", "all") or settings.keep_latents) and shipped.exists():
             loaded, source = load_models(shipped), f"the shipped {shipped.name}"
+        if settings.keep_latents and (settings.stage != "vae" or loaded is None):
+            raise ValueError("--keep-latents: expected --stage vae and weights to start from, got "
+                             f"--stage {settings.stage} and {source}: leave it out")
         config = make_config(settings.preset, self.recipe)
         self.models, self.fresh = loaded or Models(config), loaded is None
         for name in self.models.networks:
@@ -427,11 +432,14 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats()
         # Joint starts from trained networks.
         warmed = self.recipe.get("warmed", 0.5) if stage == "joint" else 1.0
-        groups = [dict(params=list(self.models.networks[name].parameters()),
-                       peak=self.settings.rate or warmed * self.recipe["rate"][name])
-                  for name in self.names]
         for name, network in self.models.networks.items():
             network.requires_grad_(name in self.names).train(name in self.names)
+        if self.settings.keep_latents:
+            self.models.vae.freeze_encoder()
+        groups = [dict(params=[p for p in self.models.networks[name].parameters()
+                               if p.requires_grad],
+                       peak=self.settings.rate or warmed * self.recipe["rate"][name])
+                  for name in self.names]
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimiser = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.01,
                                            fused=True)
@@ -500,7 +508,7 @@ class Trainer:
         every = self.settings.sample_every
         if every and self.step % every and not self.interrupted:
             self.validate()                   # a finished stage has a score
-        if stage == "vae":
+        if stage == "vae" and not self.settings.keep_latents:
             count = math.ceil(32 / self.recipe["batch"] / self.recipe["views"])
             measure_latents(self.averaged.vae, itertools.islice(stream(self.step), count))
             for mine, its in zip(self.models.vae.buffers(), self.averaged.vae.buffers()):
@@ -879,7 +887,8 @@ def time_models(device, preset, dtype):
         found = {"world, one scene": lambda: world.batch([1]),
                  "VAE encode, all views": lambda: models.vae.encode(scene["video"]),
                  "VAE decode, all views": last.video,
-                 "DPA": lambda: align(models.dpa, points, last.coarse, now, cameras),
+                 "DPA": lambda: align(models.dpa, points, last.coarse, now, cameras,
+                                      [torch.default_generator]),
                  "sampling step, no loop": lambda: sampling(use_dpa=False),
                  "sampling step, full loop": sampling}
         return {name: seconds_of(function, device) / (steps if "step" in name else 1)
