@@ -951,7 +951,7 @@ class SyntheticHOI(torch.utils.data.Dataset):
     """A procedural stand-in for TACO: a right hand works with a tool, a left hand holds the target.
 
     split: `train`, `val` (its triplets in new layouts) or `unseen` (held-out triplets). A scene
-    depends on (split, index, seed) only and takes 0.5 s of one CPU core (64x96, V = 3, N = 13);
+    depends on (split, index, seed) only and takes .3 to 1.3 s of a CPU core (64x96, V = 3, N = 13);
     the folder `cache`, if named, keeps it (2.3 MB). cameras: intrinsics (V,3,3) and extrinsics
     (V,4,4) in place of each scene's own. World: metres, z up, origin on the table. A sample:
     `video`, `pseudo` (V,3,N,H,W) in [-1,1], `scale` (V,2) m, `tracks` (V,N,K,3) m in the world,
