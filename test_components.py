@@ -877,7 +877,6 @@ def test_every_estimate_of_the_aligner_cuts_the_cloud_elsewhere(models, batch, m
         models.dpa(**inputs, origin=origin)
     still, moved = clouds[:2], clouds[2:]
     assert close(torch.stack(still) - torch.stack(moved), origin)
-    clouds.clear()
     noisy = cycle.diffuse(models, batch, [seeded(), seeded(1)])            # and in training
     noisy.even_t = torch.ones(2)                                           # of refine(), always
     for function, rest in ((cycle.refine, ()),
