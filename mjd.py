@@ -213,8 +213,8 @@ class VideoVAE(nn.Module):
         return rearrange(video, "b c (n r) h w -> b n (r c) h w", r=r_n)
 
     def in_chunks(self, function, x, pixels):
-        """function(x (B,n,...)), video by video and a few groups at a time where x is large and no
-        gradient is needed.
+        """function(x (B,n,...)), a few videos, or a few groups of one, at a time, where x is large
+        and no gradient is needed.
 
         pixels: of one group; a pass takes about chunk_pixels. The same result, bit for bit in
         float64 (in float32 torch's kernels for one picture sum in another order): a group sees the
@@ -223,9 +223,9 @@ class VideoVAE(nn.Module):
         groups = max(1, self.chunk_pixels // pixels)
         if torch.is_grad_enabled() or x.shape[:2].numel() <= groups:
             return function(x)
-        cuts = range(0, x.shape[1], groups)
-        return torch.cat([torch.cat([function(row[:, max(cut - 1, 0):cut + groups])[:, cut > 0:]
-                                     for cut in cuts], 1) for row in x.split(1)])
+        cuts, videos = range(0, x.shape[1], groups), max(1, groups // x.shape[1])
+        return torch.cat([torch.cat([function(some[:, max(cut - 1, 0):cut + groups])[:, cut > 0:]
+                                     for cut in cuts], 1) for some in x.split(videos)])
 
     def moments(self, video):
         """(B,3,N,H,W) in [-1,1] -> mean, log variance (B,C,n,h,w), not normalised."""

@@ -997,8 +997,9 @@ def test_latents_kept_in_memory_train_as_the_videos_do(models, batch):
             return super().__getitem__(index)
     scenes = Scenes({key: value[i] for key, value in batch.items()} for i in range(2))
     order = itertools.chain([[1, 1], [0, 1]], itertools.repeat([0, 1]))
-    stream = train.encoded_batches(scenes, order, 0, torch.device("cpu"), models.vae,
-                                   contextlib.nullcontext())
+    trainer = types.SimpleNamespace(stage="joint", models=models, autocast=contextlib.nullcontext())
+    stream = train.kept_batches(scenes, order, 0, torch.device("cpu"),
+                                lambda scenes: train.Trainer.keep(trainer, scenes))
     twice, again, more = itertools.islice(stream, 3)
     assert used == [1, 0] and "video" not in again and again["prompt"] == batch["prompt"]
     assert close(twice["tracks"], batch["tracks"][[1, 1]]) and close(more["scale"], batch["scale"])
@@ -1061,13 +1062,15 @@ def test_keep_latents_trains_the_decoder_alone(trained, run, tmp_path):
 
 def test_a_gpu_renders_its_own_scenes(monkeypatch):
     asked = []
-    monkeypatch.setattr(data.SyntheticHOI, "batch",
-                        lambda self, indices: asked.append((indices, self.device)) or "scenes")
-    order = train.scene_order(10, 0, 0, 2)
+    monkeypatch.setattr(data.SyntheticHOI, "render", lambda self, tables, prompts: asked.append(
+        (len(tables["extrinsics"]), prompts, self.device)) or "scenes")
     dataset = data.SyntheticHOI("train", length=10, device="cuda")         # of which none is here
-    assert next(train.batches(dataset, order, 0, torch.device("cuda"))) == "scenes"
-    (indices, device), = asked
-    assert len(indices) == 2 and device == "cuda"
+    for workers in (0, 1):
+        asked.clear()
+        order = train.scene_order(10, 0, 0, 2)
+        assert next(train.batches(dataset, order, workers, torch.device("cuda"))) == "scenes"
+        prompts = [dataset.describe(index)[1] for index in next(train.scene_order(10, 0, 0, 2))]
+        assert asked == [(2, prompts, "cuda")]
 
 
 def test_a_cpu_keeps_the_scenes_of_small_and_a_gpu_does_not(tmp_path, monkeypatch):

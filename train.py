@@ -197,40 +197,50 @@ def make_dataset(settings, recipe, split):
     return SyntheticHOI(split, device=device, length=limit, **shape)
 
 
+class Layouts(torch.utils.data.Dataset):
+    """Scenes of a SyntheticHOI by lists of indices, as its render() takes them."""
+
+    def __init__(self, scenes):
+        self.scenes = scenes
+
+    def __getitem__(self, indices):
+        return self.scenes.layouts(indices)
+
+
 def batches(dataset, order, workers, device):
     """Endless: collated samples on the device, in the order of scene_order()."""
     if isinstance(dataset, SyntheticHOI) and device.type == "cuda" and not dataset.cache:
-        yield from map(dataset.batch, order)                  # the GPU renders its own scenes
+        for tables in DataLoader(Layouts(dataset), sampler=order, batch_size=None,
+                                 num_workers=workers, worker_init_fn=ignore_ctrl_c):
+            yield dataset.render(*tables)                     # the GPU renders its own scenes
     for batch in DataLoader(dataset, batch_sampler=order, num_workers=workers,
                             pin_memory=device.type == "cuda", worker_init_fn=ignore_ctrl_c):
         yield to_device(batch, device)
 
 
-def encoded_batches(dataset, order, workers, device, vae, autocast):
-    """batches() of a finite data set, with latents in place of videos: with the VAE frozen each
-    scene is encoded once, then kept in memory (0.8 MB a scene of `small`). Workers render the
-    scenes to come while this process trains."""
+def kept_batches(dataset, order, workers, device, keep):
+    """batches() of a finite data set, of which every scene is prepared once, passed through
+    keep(scenes) and then kept in memory. Workers prepare the scenes to come in the meantime."""
     kept, (order, ahead) = {}, itertools.tee(order)
-    first_uses = itertools.islice(first_seen(itertools.chain.from_iterable(ahead)), len(dataset))
-    new_scenes = batches(dataset, ([index] for index in first_uses), workers, device)
+    new_scenes = batches(dataset, first_uses(ahead, len(dataset)), workers, device)
     for indices in order:
-        for index in indices:
-            if index not in kept:
-                scene = next(new_scenes)
-                with torch.no_grad(), autocast:
-                    scene |= encode_sample(vae, scene)
-                kept[index] = {key: value[0].cpu() if torch.is_tensor(value) else value[0]
-                               for key, value in scene.items() if key not in ("video", "pseudo")}
-        yield to_device(default_collate([kept[index] for index in indices]), device)
+        new = [index for index in dict.fromkeys(indices) if index not in kept]
+        scenes = keep(next(new_scenes)) if new else {}
+        kept |= {index: {key: values[place] for key, values in scenes.items()}
+                 for place, index in enumerate(new)}
+        yield default_collate([kept[index] for index in indices])
 
 
-def first_seen(values):
-    """Each of the values where it first occurs."""
+def first_uses(order, count):
+    """Of every list of indices those that no list before has, where there are any, up to count."""
     seen = set()
-    for value in values:
-        if value not in seen:
-            seen.add(value)
-            yield value
+    for indices in order:
+        new = [index for index in dict.fromkeys(indices) if index not in seen]
+        seen.update(new)
+        if new:
+            yield new
+        if len(seen) == count:
+            return
 
 
 def ignore_ctrl_c(worker):
@@ -467,7 +477,7 @@ class Trainer:
         if self.rank:
             return
         write_atomically(self.out / "checkpoint.pt", state)
-        half = {name: {key: value.bfloat16() if value.ndim > 1 else value    # matrices in bf16
+        half = {name: {key: (value.bfloat16() if value.ndim > 1 else value).cpu()
                        for key, value in state["average"][name].items()} for name in networks}
         write_atomically(self.out / "weights.pt", half | dict(config=self.models.config))
 
@@ -490,9 +500,9 @@ class Trainer:
         def stream(step, group=(0, 1)):       # by default the same scenes in all processes
             order = scene_order(len(dataset), self.settings.seed, step, self.recipe["batch"], group)
             source = dataset, order, self.settings.workers, self.device
-            if stage == "vae" or not self.recipe["scenes"]:
+            if not self.recipe["scenes"] or stage == "vae" and self.device.type == "cpu":
                 return batches(*source)
-            return encoded_batches(*source, self.models.vae, self.autocast)
+            return kept_batches(*source, self.keep)
         if self.step == 0:
             self.first_scenes(stream(0))
         scenes, progress = stream(self.step, self.group), 0.0
@@ -518,6 +528,16 @@ class Trainer:
             for mine, its in zip(self.models.vae.buffers(), self.averaged.vae.buffers()):
                 mine.copy_(its)
         self.finish_stage()
+
+    @torch.no_grad()
+    def keep(self, scenes):
+        """What stays in memory of scenes that are used again: latents in place of videos (0.8 MB a
+        scene of `small`) where the VAE is frozen; in stage vae, on a GPU, all (6 MB)."""
+        if self.stage == "vae":
+            return scenes
+        with self.autocast:
+            scenes = scenes | encode_sample(self.models.vae, scenes)
+        return {key: values for key, values in scenes.items() if key not in ("video", "pseudo")}
 
     def progress(self, steps):
         """Share of the stage that is over, by steps or by --minutes, whichever is further. All
