@@ -368,7 +368,9 @@ def joint_losses(models, batch, generators, guide="loop"):
     noisy = diffuse(models, batch, generators)                                    # lines 1, 2
     guidance = None
     if guide != "none":                                                           # line 3
-        guidance = redraw(models, noisy, *(bend if guide == "truth" else refine)(models, noisy))
+        points, coarse = (bend if guide == "truth" else refine)(models, noisy)
+        guidance = draw_guidance(models.vae, models.dpa.denormalise(points), coarse, noisy.cameras,
+                                 noisy.reference, noisy.given)
     losses, motion, scale = mjd_losses(models, noisy, guidance)                   # line 4
     if guide == "loop":
         losses |= dpa_losses(models, noisy, motion, scale)                        # lines 5, 6
@@ -414,19 +416,18 @@ def at_time(noisy, even_t):
 
 
 @torch.no_grad()
-def refine(models, noisy, guidance=None):
+def refine(models, noisy):
     """Alg. 1, line 3, without gradient: M~ = G_DPA(M_t, coarse, t), (B,V,N,K,3) normalised, and
     the Coarse that it was made of.
 
     In sampling the coarse tracks are those of the step before, so here they are those of a pass of
-    the MJD, unguided in Alg. 1, on the same noise up to a tenth of all steps earlier, at the scale
-    s^ that this pass estimates (the paper has s here).
+    the MJD, unguided, on the same noise up to a tenth of all steps earlier, at the scale s^ that
+    this pass estimates (the paper has s here).
     """
     earlier = draw(torch.rand, noisy.generators) / 10
     noisy = at_time(noisy, (noisy.even_t + earlier).clamp(max=1))
     _, velocity, scale = models.mjd(noisy.z["video"], noisy.z["motion"], noisy.t,
-                                    models.mjd.encode_text(noisy.prompts), noisy.rays, noisy.given,
-                                    guidance)
+                                    models.mjd.encode_text(noisy.prompts), noisy.rays, noisy.given)
     clean, _ = FLOW.predict(velocity, noisy.z["motion"], noisy.t)
     coarse = read_tracks(models.vae, clean, scale, noisy.cameras, noisy.anchors)
     velocity = align(models.dpa, noisy.z["points"], coarse, noisy.t, noisy.cameras,
@@ -435,12 +436,6 @@ def refine(models, noisy, guidance=None):
     # without gradient, to the passes that need one.
     torch.clear_autocast_cache()
     return FLOW.predict(velocity, noisy.z["points"], noisy.t)[0], coarse
-
-
-def redraw(models, noisy, points, coarse):
-    """The guidance (B,V,2,C,n,h,w) that what refine() or bend() gives is drawn as."""
-    return draw_guidance(models.vae, models.dpa.denormalise(points), coarse, noisy.cameras,
-                         noisy.reference, noisy.given)
 
 
 @torch.no_grad()

@@ -40,8 +40,8 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, default_collate
 
 from cycle import (Models, align, bf16_is_faster, diffuse, dpa_losses, draw, encode_sample, fold,
-                   joint_losses, load_models, mjd_losses, moving_psnr, out_of_memory, redraw,
-                   refine, sample_scenes, seconds_of, true_anchors, views_to_batch)
+                   joint_losses, load_models, mjd_losses, moving_psnr, out_of_memory,
+                   sample_scenes, seconds_of, true_anchors, views_to_batch)
 from data import FOREGROUND_THRESHOLD, TACO, SyntheticHOI, film_strip, stable_hash
 from dpa import DPA
 from mjd import (MJD, PATCH, PRESETS, REGISTER_TOKENS, SCALE_TOKENS, Block, Layout, VideoVAE,
@@ -103,8 +103,6 @@ class Settings:
     true_tracks: float = option(0.5, "share of joint steps of the MJD alone, guided by true tracks "
                                      "(at most what --guidance-dropout leaves)")
     single_view: float = option(0.15, "share of joint steps with V = 1")
-    rounds: int = option(0, "stage dpa: passes of the loop before the estimate that the DPA learns "
-                            "from, 0 to so many, each as often (0: the MJD knows no guidance yet)")
     keep_latents: bool = option(False, "stage vae: train the decoder alone, so that networks that "
                                        "were trained on its latents stay valid")
     scenes: int = option(-1, "distinct training scenes, 0 = no limit (each is new; slow on a CPU), "
@@ -146,7 +144,7 @@ def parse(arguments=None):
     settings = Settings(**vars(parser.parse_args(arguments)))
     for names, expected, least, most in (
             ("steps batch rate minutes sample_every", "0 or more", 0, math.inf),
-            ("workers", "0 to 64", 0, 64), ("rounds", "0 to 24", 0, 24),
+            ("workers", "0 to 64", 0, 64),
             ("scenes", "-1 or more", -1, math.inf), ("seed", "at most 10^11", -1e11, 1e11),
             ("log_every save_every draws", "1 or more", 1, math.inf),
             ("guidance_dropout true_tracks single_view", "a share in [0, 1]", 0, 1)):
@@ -302,10 +300,8 @@ def stage_losses(stage, models, batch, settings, generators, chance):
         return joint_losses(models, batch, generators, "none")
     if stage == "dpa":                        # on the clean estimates of the MJD as it is
         with torch.no_grad():
-            noisy, guidance = diffuse(models, batch, generators), None
-            for _ in range(int(chance[0] * (settings.rounds + 1))):
-                guidance = redraw(models, noisy, *refine(models, noisy, guidance))
-            _, motion, scale = mjd_losses(models, noisy, guidance)
+            noisy = diffuse(models, batch, generators)
+            _, motion, scale = mjd_losses(models, noisy)
         return dpa_losses(models, noisy, motion, scale)
     alone, guided = settings.guidance_dropout, settings.true_tracks
     guide = "none" if chance[1] < alone else "truth" if chance[1] < alone + guided else "loop"
