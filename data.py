@@ -952,8 +952,9 @@ class SyntheticHOI(torch.utils.data.Dataset):
 
     split: `train`, `val` (its triplets in new layouts) or `unseen` (held-out triplets). A scene
     depends on (split, index, seed) only and takes .3 to 1.3 s of a CPU core (64x96, V = 3, N = 13);
-    the folder `cache`, if named, keeps it (2.3 MB). cameras: intrinsics (V,3,3) and extrinsics
-    (V,4,4) in place of each scene's own. World: metres, z up, origin on the table. A sample:
+    the folder `cache`, if named, keeps it (2.3 MB; then the CPU renders, whatever the device).
+    cameras: intrinsics (V,3,3) and extrinsics (V,4,4) in place of each scene's own. World: metres,
+    z up, origin on the table. A sample:
     `video`, `pseudo` (V,3,N,H,W) in [-1,1], `scale` (V,2) m, `tracks` (V,N,K,3) m in the world,
     `visible` (V,N,K), `part` (V,K) of each track (0 right hand and forearm, 1 left, 2 tool,
     3 target), `intrinsics`, `extrinsics`, `prompt` "<tool, action, target>".
@@ -1013,14 +1014,14 @@ class SyntheticHOI(torch.utils.data.Dataset):
         return self.render(*self.layouts(indices, action))
 
     def layouts(self, indices, action=None):
-        """What render() takes of some scenes: the tables of describe(), stacked, and the prompts.
-        Ten milliseconds a scene of a CPU, which a GPU leaves to other processes (train.py)."""
+        """What render() takes: the tables of describe(), stacked to (B,...), and B prompts. Ten
+        milliseconds a scene of a CPU core, which training on a GPU leaves to other processes."""
         scenes, prompts = zip(*[self.describe(index, action) for index in indices])
         return {key: torch.stack([one[key] for one in scenes]) for key in scenes[0]}, list(prompts)
 
     @torch.no_grad()
     def render(self, scene, prompts):
-        """The samples of layouts(), stacked along a new first axis."""
+        """Samples of B scenes, (B,V,...) on self.device, from what layouts() gives."""
         scene = {key: value.to(self.device) for key, value in scene.items()}
         cameras = {key: scene[key] for key in ("intrinsics", "extrinsics")}
         uv = rearrange(pixel_centres(self.size, scene["lamp"].device), "h w xy -> xy 1 (h w) 1")

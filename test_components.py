@@ -1005,6 +1005,14 @@ def test_latents_kept_in_memory_train_as_the_videos_do(models, batch):
         assert all(close(losses[0][key], losses[1][key], 1e-3) for key in losses[0])
 
 
+def test_scenes_of_workers_that_are_kept_hold_no_files_open():
+    scenes = data.SyntheticHOI("train", **TINY, length=6)
+    stream = train.kept_batches(scenes, train.scene_order(6, 0, 0, 1), 1, torch.device("cpu"),
+                                lambda scenes: {key: scenes[key] for key in ("scale", "tracks")})
+    opened = [(next(stream), len(os.listdir("/dev/fd")))[1] for _ in range(6)]
+    assert opened[5] <= opened[1] + 2
+
+
 # ---------------------------------------------------------------- train.py
 
 @pytest.fixture(scope="session")

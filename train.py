@@ -105,11 +105,13 @@ class Settings:
     single_view: float = option(0.15, "share of joint steps with V = 1")
     keep_latents: bool = option(False, "stage vae: train the decoder alone, so that networks that "
                                        "were trained on its latents stay valid")
-    scenes: int = option(-1, "distinct training scenes, 0 = no limit (each is new; slow on a CPU), "
-                             "-1 = the preset's (small: 600 on a CPU)")
-    cache: str = option("", "folder that keeps rendered scenes or decoded TACO crops; on a CPU by "
-                            "default OUT/scenes where --scenes limits them (2.3 MB each of small)")
-    workers: int = option(1, "processes that prepare data (a GPU renders the world itself)")
+    scenes: int = option(-1, "distinct training scenes, which stay in memory; 0 = no limit (each "
+                             "is new; slow on a CPU), -1 = the preset's (small: 600 on a CPU)")
+    cache: str = option("", "folder that keeps scenes, rendered on the CPU, or decoded TACO crops; "
+                            "on a CPU by default OUT/scenes where --scenes limits them (2.3 MB "
+                            "each of small)")
+    workers: int = option(1, "processes that prepare data (of the world for a GPU without --cache "
+                             "the layouts alone: it renders)")
     out: str = option("", "run folder, default runs/PRESET")
     resume: bool = option(False, "go on from checkpoint.pt of the run folder")
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"))
@@ -185,7 +187,7 @@ def scene_order(scenes, seed, start, count, group=(0, 1)):
 def make_dataset(settings, recipe, split):
     """The data set of a run at its size."""
     limit, device = recipe["scenes"] if split == "train" else 0, pick_device(settings)
-    kept = f"{settings.out}/scenes" if limit and device.type == "cpu" else None    # a GPU: anew
+    kept = f"{settings.out}/scenes" if limit and device.type == "cpu" else None
     shape = {key: recipe[key] for key in ("size", "frames", "views", "tracks")}
     shape |= dict(seed=settings.seed, cache=settings.cache or kept)
     if settings.data == "taco":
@@ -206,11 +208,13 @@ class Layouts(torch.utils.data.Dataset):
 
 
 def batches(dataset, order, workers, device):
-    """Endless: collated samples on the device, in the order of scene_order()."""
+    """Collated samples on the device, for every list of indices in the order, as long as it has
+    any: that of scene_order() has no end."""
     if isinstance(dataset, SyntheticHOI) and device.type == "cuda" and not dataset.cache:
         for tables in DataLoader(Layouts(dataset), sampler=order, batch_size=None,
                                  num_workers=workers, worker_init_fn=ignore_ctrl_c):
             yield dataset.render(*tables)                     # the GPU renders its own scenes
+        return
     for batch in DataLoader(dataset, batch_sampler=order, num_workers=workers,
                             pin_memory=device.type == "cuda", worker_init_fn=ignore_ctrl_c):
         yield to_device(batch, device)
@@ -224,8 +228,9 @@ def kept_batches(dataset, order, workers, device, keep):
     for indices in order:
         new = [index for index in dict.fromkeys(indices) if index not in kept]
         scenes = keep(next(new_scenes)) if new else {}
-        kept |= {index: {key: values[place] for key, values in scenes.items()}
-                 for place, index in enumerate(new)}
+        for place, index in enumerate(new):   # copies: what a worker has made holds files open
+            kept[index] = {key: values[place].clone() if torch.is_tensor(values) else values[place]
+                           for key, values in scenes.items()}
         yield default_collate([kept[index] for index in indices])
 
 
@@ -1043,7 +1048,7 @@ def main(arguments=None):
         if not out_of_memory(error):
             raise
         print(f"train.py: expected all of it to fit into memory, got: {str(error)[:120]}: use "
-              "--checkpointing, a smaller --batch or a smaller --size", file=sys.stderr)
+              "--checkpointing, a smaller --batch or --size, or fewer --scenes", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:    # of a worker process, the last line says it
         text = str(error).strip() or type(error).__name__
