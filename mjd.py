@@ -192,12 +192,6 @@ class VideoVAE(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(2, channels))
         self.register_buffer("latent_std", torch.ones(2))
 
-    def freeze_encoder(self):
-        """Only the decoder is trained from here on: latents stay what they are."""
-        for name, module in self.named_children():
-            if "encode" in name or name in ("to_mean", "to_log_variance"):
-                module.requires_grad_(False)
-
     def latent_size(self, frames, height, width):
         """(n, h, w) of a video; ValueError names the sizes that fit."""
         r_n, r_h, r_w = self.strides

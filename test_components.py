@@ -1052,18 +1052,6 @@ def test_a_run_through_all_stages_leaves_a_complete_folder(trained, run, capsys)
     assert f"starting from {trained}" in capsys.readouterr().out
 
 
-def test_keep_latents_trains_the_decoder_alone(trained, run, tmp_path):
-    shutil.copytree(trained, tmp_path / "run")
-    assert run(tmp_path / "run", "--stage vae --keep-latents --steps 2") == 0
-    before, after = (cycle.load_models(folder / "checkpoint.pt").vae
-                     for folder in (trained, tmp_path / "run"))
-    video = torch.rand(1, 3, 5, 32, 48)
-    assert same(before.encode(video, "motion"), after.encode(video, "motion"))
-    for name, value in before.state_dict().items():
-        decoder = name.startswith(("from_latent", "decode_", "linear_decode", "to_pixels"))
-        assert torch.equal(after.state_dict()[name], value) != decoder, name
-
-
 def test_a_gpu_renders_its_own_scenes(monkeypatch):
     asked = []
     monkeypatch.setattr(data.SyntheticHOI, "render", lambda self, tables, prompts: asked.append(
@@ -1430,7 +1418,7 @@ BAD = dict(
         --cache FILE/c;--data taco;--data taco --data-root /no --mano-dir /no --scenes -1;
         --data taco --data-root /no --mano-dir /no --scenes 3;--seed 999999999999;
         --out TRAINED --preset small;--out TRAINED --stage all;--out TRAINED --stage vae --resume;
-        --out TRAINED --stage base --resume;--keep-latents;--stage vae --keep-latents""",
+        --out TRAINED --stage base --resume""",
     sample=f"""--ref;--ref none.png;--ref FILE;--ref /tmp;--ref REF REF REF;--prompt=;--steps 0;
         --prompt {'x' * 99};--scenes 0;--seed -1;--text-scale nan;--cycle-every 0;--cameras FILE;
         --temperature -1;--loop-scale -1;--eval;--cameras none.json;--weights FILE;

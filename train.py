@@ -103,10 +103,8 @@ class Settings:
     true_tracks: float = option(0.5, "share of joint steps of the MJD alone, guided by true tracks "
                                      "(at most what --guidance-dropout leaves)")
     single_view: float = option(0.15, "share of joint steps with V = 1")
-    keep_latents: bool = option(False, "stage vae: train the decoder alone, so that networks that "
-                                       "were trained on its latents stay valid")
-    scenes: int = option(-1, "distinct training scenes, which stay in memory; 0 = no limit (each "
-                             "is new; slow on a CPU), -1 = the preset's (small: 600 on a CPU)")
+    scenes: int = option(-1, "distinct training scenes, each made once; 0 = no limit (slow on a "
+                             "CPU), -1 = the preset's (small: 600 on a CPU, else 0)")
     cache: str = option("", "folder that keeps scenes, rendered on the CPU, or decoded TACO crops; "
                             "on a CPU by default OUT/scenes where --scenes limits them (2.3 MB "
                             "each of small)")
@@ -197,22 +195,12 @@ def make_dataset(settings, recipe, split):
     return SyntheticHOI(split, device=device, length=limit, **shape)
 
 
-class Layouts(torch.utils.data.Dataset):
-    """Scenes of a SyntheticHOI by lists of indices, as its render() takes them."""
-
-    def __init__(self, scenes):
-        self.scenes = scenes
-
-    def __getitem__(self, indices):
-        return self.scenes.layouts(indices)
-
-
 def batches(dataset, order, workers, device):
     """Collated samples on the device, for every list of indices in the order, as long as it has
     any: that of scene_order() has no end."""
     if isinstance(dataset, SyntheticHOI) and device.type == "cuda" and not dataset.cache:
-        for tables in DataLoader(Layouts(dataset), sampler=order, batch_size=None,
-                                 num_workers=workers, worker_init_fn=ignore_ctrl_c):
+        for tables in DataLoader(range(len(dataset)), batch_sampler=order, num_workers=workers,
+                                 collate_fn=dataset.layouts, worker_init_fn=ignore_ctrl_c):
             yield dataset.render(*tables)                     # the GPU renders its own scenes
         return
     for batch in DataLoader(dataset, batch_sampler=order, num_workers=workers,
@@ -223,14 +211,16 @@ def batches(dataset, order, workers, device):
 def kept_batches(dataset, order, workers, device, keep):
     """batches() of a finite data set, of which every scene is prepared once, passed through
     keep(scenes) and then kept in memory. Workers prepare the scenes to come in the meantime."""
-    kept, (order, ahead) = {}, itertools.tee(order)
-    new_scenes = batches(dataset, first_uses(ahead, len(dataset)), workers, device)
+    kept, (order, *twice) = {}, itertools.tee(order, 3)
+    which, ahead = (first_uses(each, len(dataset)) for each in twice)
+    new_scenes = zip(which, batches(dataset, ahead, workers, device))
     for indices in order:
-        new = [index for index in dict.fromkeys(indices) if index not in kept]
-        scenes = keep(next(new_scenes)) if new else {}
-        for place, index in enumerate(new):   # copies: what a worker has made holds files open
-            kept[index] = {key: values[place].clone() if torch.is_tensor(values) else values[place]
-                           for key, values in scenes.items()}
+        if not kept.keys() >= set(indices):
+            new, scenes = next(new_scenes)
+            scenes = keep(scenes).items()
+            for place, index in enumerate(new):      # copies: a worker's tensors hold files open
+                kept[index] = {key: values[place].clone() if torch.is_tensor(values)
+                               else values[place] for key, values in scenes}
         yield default_collate([kept[index] for index in indices])
 
 
@@ -418,11 +408,8 @@ class Trainer:
                                  "leave --resume out to start that stage from its weights")
         elif settings.resume:
             raise ValueError(f"--resume: expected {path}, found none: leave --resume out to start")
-        elif (settings.stage not in ("vae", "all") or settings.keep_latents) and shipped.exists():
+        elif settings.stage not in ("vae", "all") and shipped.exists():
             loaded, source = load_models(shipped), f"the shipped {shipped.name}"
-        if settings.keep_latents and (settings.stage != "vae" or loaded is None):
-            raise ValueError("--keep-latents: expected --stage vae and weights to start from, got "
-                             f"--stage {settings.stage} and {source}: leave it out")
         config = make_config(settings.preset, self.recipe)
         self.models, self.fresh = loaded or Models(config), loaded is None
         for name in self.models.networks:
@@ -449,10 +436,7 @@ class Trainer:
         warmed = self.recipe.get("warmed", 0.5) if stage == "joint" else 1.0
         for name, network in self.models.networks.items():
             network.requires_grad_(name in self.names).train(name in self.names)
-        if self.settings.keep_latents:
-            self.models.vae.freeze_encoder()
-        groups = [dict(params=[p for p in self.models.networks[name].parameters()
-                               if p.requires_grad],
+        groups = [dict(params=[*self.models.networks[name].parameters()],
                        peak=self.settings.rate or warmed * self.recipe["rate"][name])
                   for name in self.names]
         self.parameters = [parameter for group in groups for parameter in group["params"]]
@@ -478,7 +462,7 @@ class Trainer:
         if self.rank:
             return
         write_atomically(self.out / "checkpoint.pt", state)
-        half = {name: {key: (value.bfloat16() if value.ndim > 1 else value).cpu()
+        half = {name: {key: (value.bfloat16() if value.ndim > 1 else value).cpu()     # matrices
                        for key, value in state["average"][name].items()} for name in networks}
         write_atomically(self.out / "weights.pt", half | dict(config=self.models.config))
 
@@ -523,7 +507,7 @@ class Trainer:
         every = self.settings.sample_every
         if every and self.step % every and not self.interrupted:
             self.validate()                   # a finished stage has a score
-        if stage == "vae" and not self.settings.keep_latents:
+        if stage == "vae":
             count = math.ceil(32 / self.recipe["batch"] / self.recipe["views"])
             measure_latents(self.averaged.vae, itertools.islice(stream(self.step), count))
             for mine, its in zip(self.models.vae.buffers(), self.averaged.vae.buffers()):
