@@ -2,22 +2,22 @@
 
 The pseudo videos come from a video VAE that never saw geometry, so the tracks unprojected from
 them disagree between the views. The DPA takes these coarse tracks as its condition and noisy
-points M_t = (1-t) M + t eps as its state, and predicts the velocity v = eps - M of all points:
+points M_t = alpha M + sigma eps as its state, and estimates the velocity of all points:
 
-    noisy  (B,V,N,K,3) ──┐ one token a slot = (view, frame, track)
-    coarse (B,V,N,K,3) ──┴─► embed ─► depth x Block ─► head ─► clean estimate ─► velocity
-                              └─► voxels and space-filling curves of each time step, built once
+    noisy  (B,V,N,K,3) --+   only tracks that frame 0 shows: P of V K; one token a track and frame
+    coarse (B,V,N,K,3) --+-> embed -> depth x Block -> head -> clean estimate -> velocity
+                         +-> voxels and space-filling curves of each time step, built once
 
     Block  1. sparse convolution     over the voxels of one time step, all views
            2. inter-view attention   patches along the curve of one time step, all views
            3. cross-attention        of a track to its coarse 4D points, all its frames
            4. MLP
 
-Symbols: B batch, V views, N frames, K tracks a view, D width, t flow time in [0,1], 1 = noise;
-G groups = B·N time steps, P points a group = V·K, M occupied voxels of all groups.
-Points are metres in the world outside and `DPA.normalise`d, about [-2, 2], inside the network.
+Symbols: B batch, V views, N frames, K tracks a view, P tracks of all views that are seen, D width;
+G groups = B N time steps, M occupied voxels of all groups. Points are metres in the world outside
+and `DPA.normalise`d, about [-2, 2], inside the network.
 
-    python dpa.py        lesson: aligns toy tracks of three views, draws out/dpa.png
+Run `python dpa.py`: a toy aligner learns to align toy tracks of three views (out/dpa.png).
 """
 
 from pathlib import Path
@@ -26,10 +26,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from torch.utils.checkpoint import checkpoint
 from torch import nn
 
-from mjd import attention, mlp, modulate, rms_norm, timestep_embedding, zero_init
+from mjd import (Attention, mlp, modulate, posterior_velocity, rms_norm, run_block,
+                 timestep_embedding, zero_init)
 
 VOXEL_BITS = 14    # 2^14 voxels an axis: 327 m of 2 cm voxels; 3 x 14 leave 21 bits for the group
 CURVE_BITS = 20    # the curve runs over cells 32 times finer than voxels, so that ties are rare
@@ -49,7 +49,7 @@ def morton_code(ijk, bits=10):
     """
     bit = torch.arange(bits, device=ijk.device)[:, None]
     axis = torch.arange(3, device=ijk.device)
-    set_bits = (ijk.long()[..., None, :] >> bit) & 1                         # (..., bits, 3)
+    set_bits = (ijk.long()[..., None, :] >> bit) & 1                          # (..., bits, 3)
     return (set_bits << (3 * bit + axis)).sum((-1, -2))
 
 
@@ -60,20 +60,18 @@ def grid_cells(points, cell, bits):
     an item's result cannot depend on its batch mates. Points beyond the grid land on its border.
     """
     half = 2 ** (bits - 1)
-    return (torch.floor(points.float() / cell).clamp(1 - half, half - 2) + half).long()
+    return (torch.floor(points / cell).clamp(1 - half, half - 2) + half).long()
 
 
 def voxelize(points, voxel_size):
-    """Sparsification (Sec. 3.4): the occupied voxels of each group of points.
+    """Sparsification (Sec. 3.4): the occupied voxels of each group of points (G, P, 3), metres.
 
-    points (G, P, 3) and voxel_size in metres; a group is one batch item at one time step, all
-    views together. Returns keys (M,) sorted, inverse (G, P) the voxel of each point, counts (M,)
-    its points. `unique` is the DPA's one device-to-host synchronisation: M is not known before.
+    Returns keys (M,) sorted and inverse (G, P), the voxel of each point.
     """
-    keys = torch.arange(len(points), device=points.device)[:, None]          # group, then x, y, z
+    keys = torch.arange(len(points), device=points.device)[:, None]           # group, then x, y, z
     for cell in grid_cells(points, voxel_size, VOXEL_BITS).unbind(-1):
         keys = keys << VOXEL_BITS | cell
-    return torch.unique(keys, return_inverse=True, return_counts=True)
+    return torch.unique(keys, return_inverse=True)
 
 
 def voxel_neighbours(keys):
@@ -101,48 +99,54 @@ class SparseConv3d(nn.Module):
 
     def forward(self, features, neighbours):
         """features (M, C), neighbours (M, 27) of `voxel_neighbours` -> (M, C_out)."""
-        rows = F.pad(features, (0, 0, 0, 1))               # a last row of zeros, which -1 reads
+        rows = F.pad(features, (0, 0, 0, 1))                # a last row of zeros, which -1 reads
         found = rows.index_select(0, (neighbours % len(rows)).flatten())
-        found = rearrange(found, "(voxel offset) channel -> voxel (offset channel)", offset=27)
+        found = found.view(len(features), -1)                                 # (M, 27 C)
         return found @ self.weight.flatten(0, 1) + self.bias
 
 
 class Curve(NamedTuple):
     """Points of each group cut into patches along a space-filling curve."""
-    gather: torch.Tensor   # (places,) row of (G·P) in each place, any row on the padding
-    rank: torch.Tensor     # (G·P,) place of each row
-    filled: torch.Tensor   # (places/patch, 1, 1, patch) bool, False on the padding
+    gather: torch.Tensor   # (places,) row of (G P) in each place, any row on the padding
+    rank: torch.Tensor     # (G P,) place of each row
+    mask: torch.Tensor     # (patches, 1, 1, patch) bool: points that may be looked at
 
 
-def serialize(cells, patch, shift=0):
-    """Serialization (Sec. 3.4): cells (G, P, 3) -> Curve, the first patch begun `shift` early.
-
-    Both ends are padded and masked: PTv3 fills its last patch with unmasked copies instead.
-    """
-    order = morton_code(cells, CURVE_BITS).argsort(dim=1, stable=True)       # (G, P)
+def serialize(cells, seen, patch, shift=0):
+    """Serialization (Sec. 3.4): cells (G, P, 3), seen (G, P) bool -> Curve. Points that are not
+    seen come last and are masked; the first patch begins `shift` early. Both ends are padded and
+    masked: PTv3 fills its last patch with unmasked copies instead."""
+    code = morton_code(cells, CURVE_BITS).masked_fill(~seen, 2 ** 62)
+    order = code.argsort(dim=1, stable=True)                                  # (G, P)
     groups, points = order.shape
     pad = (shift, -(shift + points) % patch)
     group = torch.arange(groups, device=cells.device)[:, None]
-    gather = F.pad(order + points * group, pad)                              # (G, patches·patch)
+    gather = F.pad(order + points * group, pad)                               # (G, patches patch)
     rank = order.argsort(dim=1) + shift + gather.shape[1] * group
-    filled = F.pad(torch.ones_like(order, dtype=torch.bool), pad).view(-1, 1, 1, patch)
-    return Curve(gather.flatten(), rank.flatten(), filled)
+    mask = F.pad(seen.gather(1, order), pad).view(-1, 1, 1, patch)
+    mask = mask | ~mask.any(-1, keepdim=True)               # of nothing, softmax would be nan
+    return Curve(gather.flatten(), rank.flatten(), mask)
 
 
 class Layout(NamedTuple):
     """Where the points are: built once from the coarse points, shared by all blocks."""
-    voxel: torch.Tensor        # (G·P,) voxel of each point
-    counts: torch.Tensor       # (M, 1) points in each voxel
+    voxel: torch.Tensor        # (G P,) voxel of each point
+    weight: torch.Tensor       # (G P, 1) of a point in its voxel's mean; 0 if it is not seen
     neighbours: torch.Tensor   # (M, 27)
     curves: tuple              # z-order, and transposed z-order shifted by half a patch
 
 
-def build_layout(points, voxel_size, patch):
-    """points (G, P, 3) and voxel_size in metres, patch in points -> Layout."""
-    keys, voxel, counts = voxelize(points, voxel_size)
+def make_layout(points, seen, voxel_size, patch):
+    """points (G, P, 3) and voxel_size in metres, seen (G, P) bool, patch in points -> Layout."""
+    keys, voxel = voxelize(points, voxel_size)
+    voxel = voxel.flatten()
+    one = seen.flatten().float()
+    counts = torch.zeros(len(keys), device=points.device).index_add(0, voxel, one)
+    weight = one / counts[voxel].clamp_min(1)
     cells = grid_cells(points, voxel_size / CURVE_CELLS, CURVE_BITS)
-    curves = serialize(cells, patch), serialize(cells[..., [1, 0, 2]], patch, shift=patch // 2)
-    return Layout(voxel.flatten(), counts[:, None], voxel_neighbours(keys), curves)
+    straight = serialize(cells, seen, patch)
+    swapped = serialize(cells[..., [1, 0, 2]], seen, patch, shift=patch // 2)
+    return Layout(voxel, weight[:, None], voxel_neighbours(keys), (straight, swapped))
 
 
 # ---------------------------------------------------------------- what is known without a network
@@ -150,56 +154,52 @@ def build_layout(points, voxel_size, patch):
 def chamfer_distance(a, b):
     """Chamfer distance of Eq. 4: a (B, P, 3), b (B, Q, 3) -> scalar, in squared units of a and b.
 
-    mean_p min_q |a_p - b_q|² + mean_q min_p |a_p - b_q|². The nearest points are looked up without
-    gradient, so that the backward pass keeps no P x Q distances; the gradient is the same.
+    mean_p min_q |a_p - b_q|^2 + mean_q min_p |a_p - b_q|^2. The nearest points are looked up
+    without gradient, so that the backward pass keeps no P x Q distances; the gradient is the same.
     """
-    a, b = a.float(), b.float()
     with torch.no_grad():
         distance = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
-        to_b, to_a = (repeat(distance.argmin(axis), "b point -> b point xyz", xyz=3)
-                      for axis in (2, 1))
-    return ((a - b.gather(1, to_b)).square().sum(-1).mean()
-            + (b - a.gather(1, to_a)).square().sum(-1).mean())
+        to_b = repeat(distance.argmin(2), "b point -> b point xyz", xyz=3)
+        to_a = repeat(distance.argmin(1), "b point -> b point xyz", xyz=3)
+    forth = (a - b.gather(1, to_b)).square().sum(-1).mean()
+    return forth + (b - a.gather(1, to_a)).square().sum(-1).mean()
 
 
 def fill_invalid(coarse, valid):
     """Replaces invalid points by the track's nearest valid frame, or by 0 where it has none.
 
-    coarse (B,V,N,K,3) normalised, valid (B,V,N,K) bool -> filled coarse and the standard
-    deviation (B,V,N,K,1) of the truth around it.
+    coarse (B,N,S,3) normalised, valid (B,N,S) bool -> filled coarse and the standard deviation
+    (B,N,S,1) of the truth around it.
     """
-    frame = torch.arange(coarse.shape[2], device=coarse.device)
-    gap = 2 * (frame[:, None] - frame).abs() + (frame > frame[:, None])      # ties: the earlier
-    gap = gap[:, :, None].masked_fill(~valid[:, :, None], 2**30)             # (B, V, N, N, K)
-    nearest = repeat(gap.argmin(3), "b view frame track -> b view frame track xyz", xyz=3)
-    seen = valid.any(2, keepdim=True)
-    filled = torch.where(seen[..., None], coarse.gather(2, nearest), 0.0)
+    frame = torch.arange(coarse.shape[1], device=coarse.device)
+    gap = 2 * (frame[:, None] - frame).abs() + (frame > frame[:, None])       # ties: the earlier
+    gap = gap[:, :, None].masked_fill(~valid[:, None], 2**30)                 # (B, N, N, S)
+    nearest = repeat(gap.argmin(2), "b n s -> b n s xyz", xyz=3)
+    seen = valid.any(1, keepdim=True)
+    filled = torch.where(seen[..., None], coarse.gather(1, nearest), 0.0)
     std = torch.where(valid, PRIOR_STD[0], torch.where(seen, PRIOR_STD[1], PRIOR_STD[2]))
     return filled, std[..., None]
 
 
-def gaussian_prior(noisy, coarse, std, t):
-    """The skip connection: M given M_t if M ~ N(coarse, std²) and M_t = (1-t) M + t eps.
-
-    noisy, coarse (B,V,N,K,3) normalised, std (B,V,N,K,1), t (B,). Returns the posterior mean's
-    - shift from coarse in units of std: all that M_t tells, which fades to 0 at t = 1;
-    - velocity (M_t - mean) / t, written so that nothing is divided by t;
-    - gain: how far the velocity falls if the estimate rises by one posterior deviation.
-    """
-    t = t.float()[:, None, None, None, None]
-    total = ((1 - t).square() * std.square() + t.square()).sqrt()            # deviation of M_t
-    innovation = (noisy - (1 - t) * coarse) / total                          # unit variance
-    velocity = innovation * (t - (1 - t) * std.square()) / total - coarse
-    return innovation * (1 - t) * std / total, velocity, std / total
+def pack(x, slots):
+    """x (B,N,S,C) at slots (B,P) -> (B,N,P,C)."""
+    return x.gather(2, repeat(slots, "b p -> b n p c", n=x.shape[1], c=x.shape[3]))
 
 
-# ---------------------------------------------------------------- network
+def unpack(x, slots, count):
+    """The inverse of pack, 0 in all other slots: (B,N,P,C) -> (B,N,S,C), S = count."""
+    index = repeat(slots, "b p -> b n p c", n=x.shape[1], c=x.shape[3])
+    empty = torch.zeros(len(x), x.shape[1], count, x.shape[3], device=x.device)
+    return empty.scatter(2, index, x)
+
 
 def fourier(x, octaves):
     """x (..., C) -> (..., 2 octaves C): sines and cosines of 1, 2, 4, ... turns a unit."""
     angle = 2 * torch.pi * x[..., None] * 2.0 ** torch.arange(octaves, device=x.device)
     return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)
 
+
+# ---------------------------------------------------------------- network
 
 class VoxelConv(nn.Module):
     """norm(linear(conv(x))) over voxels: the conditional position encoding of PTv3.
@@ -214,31 +214,12 @@ class VoxelConv(nn.Module):
         self.expand = nn.Linear(dim // 2, dim)
 
     def forward(self, x, layout):
-        """x (B, N, V, K, D) -> the same shape, equal for all points of a voxel."""
-        points = self.reduce(x).flatten(0, 3)
-        total = torch.zeros(len(layout.counts), points.shape[1], device=x.device)
-        mean = total.index_add(0, layout.voxel, points.float()) / layout.counts
-        mean = mean.to(points.dtype)                                         # (M, D/2)
-        out = rms_norm(self.expand(self.conv(mean, layout.neighbours)))      # (M, D)
-        return out.index_select(0, layout.voxel).view_as(x)
-
-
-class Attention(nn.Module):
-    """Multi-head attention from x (G, T, D) to context (G, S, D), mask (G, 1, 1, S) bool."""
-
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.heads = heads
-        self.query = nn.Linear(dim, dim)
-        self.key_value = nn.Linear(dim, 2 * dim)
-        self.out = nn.Linear(dim, dim)
-
-    def forward(self, x, context, mask):
-        split = "group token (part head channel) -> part group head token channel"
-        q, = rearrange(self.query(x), split, part=1, head=self.heads)
-        k, v = rearrange(self.key_value(context), split, part=2, head=self.heads)
-        mixed = attention(rms_norm(q), rms_norm(k), v, mask=mask)
-        return self.out(rearrange(mixed, "group head token channel -> group token (head channel)"))
+        """x (B, N, P, D) -> the same shape, equal for all points of a voxel."""
+        points = self.reduce(x).flatten(0, 2)
+        mean = torch.zeros(len(layout.neighbours), points.shape[1], device=x.device)
+        mean = mean.index_add(0, layout.voxel, points.float() * layout.weight)
+        out = self.expand(self.conv(mean.to(points.dtype), layout.neighbours))
+        return rms_norm(out).index_select(0, layout.voxel).view_as(x)
 
 
 class Block(nn.Module):
@@ -253,36 +234,36 @@ class Block(nn.Module):
         self.modulation = zero_init(nn.Linear(dim, 10 * dim))
 
     def forward(self, x, time, coarse, valid, layout, curve):
-        """x (B,N,V,K,D), time (B,1,1,1,D), coarse (BVK,N,D), valid (BVK,1,1,N) -> shape of x."""
-        (conv_gate, view_shift, view_scale, view_gate, track_shift, track_scale, track_gate,
-         mlp_shift, mlp_scale, mlp_gate) = self.modulation(time).chunk(10, -1)
-        x = x + conv_gate * self.conv(x, layout)
-        x = x + view_gate * self.inter_view(modulate(x, view_shift, view_scale), curve)
-        x = x + track_gate * self.along_track(modulate(x, track_shift, track_scale), coarse, valid)
-        return x + mlp_gate * self.mlp(modulate(x, mlp_shift, mlp_scale))
+        """x (B,N,P,D), time (B,1,1,D), coarse (B P,N,D), valid (B P,1,1,N) -> the shape of x."""
+        rows = self.modulation(time).to(x.dtype)
+        g1, g2, shift2, scale2, g3, shift3, scale3, g4, shift4, scale4 = rows.chunk(10, -1)
+        x = x + g1 * self.conv(x, layout)
+        x = x + g2 * self.inter_view(modulate(x, shift2, scale2), curve)
+        x = x + g3 * self.along_track(modulate(x, shift3, scale3), coarse, valid)
+        return x + g4 * self.mlp(modulate(x, shift4, scale4))
 
     def inter_view(self, x, curve):
-        """Inter-view geometry attention of x (B,N,V,K,D): points of one time step and patch."""
-        patches = x.flatten(0, 3).index_select(0, curve.gather)
-        patches = patches.view(len(curve.filled), -1, x.shape[-1])           # (G patches, patch, D)
-        mixed = self.patches(patches, patches, curve.filled)
-        return mixed.flatten(0, 1).index_select(0, curve.rank).view_as(x)
+        """Inter-view geometry attention of x (B,N,P,D): points of one time step and patch."""
+        patches = x.flatten(0, 2).index_select(0, curve.gather)
+        patches = patches.view(len(curve.mask), -1, x.shape[-1])              # (patches, patch, D)
+        mixed = self.patches(patches, mask=curve.mask).flatten(0, 1)
+        return mixed.index_select(0, curve.rank).view_as(x)
 
     def along_track(self, x, coarse, valid):
-        """4D-conditioned cross-attention of x (B,N,V,K,D) to its track's valid coarse points.
+        """4D-conditioned cross-attention of x (B,N,P,D) to its track's valid coarse points.
 
         Beyond the paper, the track's own points are keys too: its error is much the same in all
         frames, so what one frame has learned from its neighbours serves the others.
         """
-        own = rearrange(x, "b frame view track channel -> (b view track) frame channel")
+        own = rearrange(x, "b n p d -> (b p) n d")
+        context = torch.cat([coarse, own], 1)                                 # (B P, 2 N, D)
         mask = torch.cat([valid, torch.ones_like(valid)], -1)
-        mixed = self.tracks(own, torch.cat([coarse, own], 1), mask)
-        return rearrange(mixed, "(b view track) frame channel -> b frame view track channel",
-                         b=x.shape[0], view=x.shape[2])
+        mixed = self.tracks(own, context, mask=mask)
+        return rearrange(mixed, "(b p) n d -> b n p d", b=len(x))
 
 
 class DPA(nn.Module):
-    """The aligner G_DPA of Eq. 4. The paper does not give its size: ours are train.RECIPES."""
+    """The aligner G_DPA of Eq. 4. The paper does not give its size: ours are in train.py."""
 
     voxel_size, scene_radius = 0.02, 0.1     # metres
 
@@ -292,14 +273,14 @@ class DPA(nn.Module):
         super().__init__()
         self.patch, self.checkpointing = patch, False     # to be switched on at any time
         self.register_buffer("scene_centre", torch.tensor([0.0, 0.0, 0.05]))
-        known = 3 + 3 + 1 + 16 + 12   # the channels of `describe`
+        known = 1 + 3 + 3 + 16 + 12   # the channels of `describe`
         self.embed_point = nn.Linear(3 + known, dim)
         self.embed_coarse = nn.Linear(known, dim)
         self.embed_time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(),
                                         nn.Linear(dim, dim), nn.SiLU())
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.modulation = zero_init(nn.Linear(dim, 2 * dim))
-        self.head = zero_init(nn.Linear(dim, 4))   # untrained, it returns the Gaussian prior
+        self.head = zero_init(nn.Linear(dim, 4))   # untrained, its estimate is the coarse point
 
     def normalise(self, points):
         """World points (..., 3) in metres -> centred on the scene, divided by its radius."""
@@ -309,143 +290,125 @@ class DPA(nn.Module):
         """Inverse of `normalise`: (..., 3) -> world, metres."""
         return points.float() * self.scene_radius + self.scene_centre
 
-    def forward(self, noisy, coarse, t, valid, anchors, camera_centres, origin=None):
-        """Velocity v̄ = G_DPA(M_t, M̂, t) of Eq. 4; the clean estimate is M̄ = noisy - t v̄.
+    def forward(self, noisy, coarse, valid, t, path, anchors, camera_centres):
+        """Velocity v of Eq. 4, (B,V,N,K,3) float32, normalised.
 
-        noisy (B,V,N,K,3) normalised; coarse (B,V,N,K,3) world, metres, may be garbage, even nan,
-        where valid (B,V,N,K) bool is False; t (B,) in [0,1]; anchors (B,V,K,2) in [0,1] of the
-        image; camera_centres (B,V,3) world, metres; origin (B,3) of the grid of voxels and curves,
-        world, metres, default 0. Returns (B,V,N,K,3) float32, normalised.
+        noisy (B,V,N,K,3): M_t, normalised; coarse (B,V,N,K,3) world, metres, may be garbage where
+        valid (B,V,N,K) bool is False; t (B,); path: see mjd.py's glossary; anchors (K,2) in [0,1]
+        of the picture; camera_centres (B,V,3) world, metres.
         """
-        slots = tuple(valid.shape)                                           # (B, V, N, K)
-        for name, tensor, shape in (
-                ("noisy", noisy, (*slots, 3)), ("coarse", coarse, (*slots, 3)), ("t", t, slots[:1]),
-                ("anchors", anchors, (*slots[:2], slots[3], 2)),
-                ("camera_centres", camera_centres, (*slots[:2], 3))):
-            if tensor.shape != shape:
-                raise ValueError(f"{name}: expected {shape} to go with valid {slots}, got "
-                                 f"{tuple(tensor.shape)}")
+        views, frames, tracks = valid.shape[1:]
+        noisy, coarse = [rearrange(x, "b v n k c -> b n (v k) c") for x in (noisy, coarse)]
+        valid = rearrange(valid, "b v n k -> b n (v k)")                      # S = V K slots
         coarse, std = fill_invalid(self.normalise(coarse), valid)
-        shift, velocity, gain = gaussian_prior(noisy.float(), coarse, std, t)
-        points = self.denormalise(coarse)
-        points = points if origin is None else points - origin[:, None, None, None]
-        points = rearrange(points, "b view frame k xyz -> (b frame) (view k) xyz")
-        layout = build_layout(points, self.voxel_size, self.patch)
         # The error is largest along the ray, so the network sees it and may answer along it.
-        ray = F.normalize(coarse - self.normalise(camera_centres)[:, :, None, None], dim=-1)
-        known = self.describe(coarse, ray, valid, anchors)
-        correction = self.network(shift, known, t, valid, layout)
-        return velocity - gain * (correction[..., :3] + correction[..., 3:] * ray)
+        eyes = repeat(self.normalise(camera_centres), "b v c -> b 1 (v k) c", k=tracks)
+        ray = F.normalize(coarse - eyes, dim=-1)
+        known = self.describe(coarse, ray, valid, anchors.repeat(views, 1))
+        alpha, sigma = [value.view(-1, 1, 1, 1) for value in path[:2]]
+        variance = (alpha * std) ** 2 + sigma ** 2
+        told = alpha * std * (noisy - alpha * coarse) / variance      # by M_t, in deviations
+
+        # Only the slots that are seen go through the network: P, the most of any batch item.
+        seen = valid.any(1)                                                   # (B, S)
+        slots = seen.int().argsort(dim=1, descending=True, stable=True)
+        slots = slots[:, :seen.sum(1).amax().clamp_min(1)]                    # (B, P)
+        seen = seen.gather(1, slots)[:, None].expand(-1, frames, -1)          # (B, N, P)
+        answer = self.network(pack(told, slots), pack(known, slots), seen, t,
+                              self.denormalise(pack(coarse, slots)))
+        answer = unpack(answer * seen[..., None], slots, views * tracks)
+        estimate = coarse + std * (answer[..., :3] + answer[..., 3:] * ray)
+        velocity = posterior_velocity(estimate, std, noisy, path)
+        return rearrange(velocity, "b n (v k) c -> b v n k c", v=views)
 
     def describe(self, coarse, ray, valid, anchors):
-        """What is known of each slot: (B,V,N,K,35), from the filled coarse points, their viewing
-        direction, validity, anchor and frame number."""
-        frame = torch.arange(coarse.shape[2], device=coarse.device)[:, None, None] / 64
-        anchors = fourier(anchors.float(), 4)[:, :, None]
-        parts = coarse, ray, valid[..., None], anchors, fourier(frame, 6)
+        """What is known of each slot: (B,N,S,35): validity, then the filled coarse point, its
+        viewing direction, anchor and frame number."""
+        frame = torch.arange(coarse.shape[1], device=coarse.device)[:, None, None] / 64
+        parts = valid[..., None], coarse, ray, fourier(anchors, 4), fourier(frame, 6)
         return torch.cat([part.expand(*coarse.shape[:-1], -1) for part in parts], -1)
 
-    def network(self, shift, known, t, valid, layout):
-        """Correction (B,V,N,K,4) of the prior's estimate, in posterior deviations: xyz, along ray.
+    def network(self, told, known, seen, t, points):
+        """Answer (B,N,P,4), deviations: xyz, along the ray. told (B,N,P,3), known (B,N,P,35), seen
+        (B,N,P), points (B,N,P,3) metres.
 
         Departure from Sec. 3.4: the coarse point is concatenated to its noisy point slot by slot.
         Cross-attention alone stayed, after equal training, worse than its input.
         """
-        x = self.embed_point(torch.cat([shift, known], -1))
-        x = rearrange(x, "b view frame track channel -> b frame view track channel")
+        layout = make_layout(points.flatten(0, 1), seen.flatten(0, 1), self.voxel_size, self.patch)
+        x = self.embed_point(torch.cat([told, known], -1))                    # (B, N, P, D)
         coarse = rms_norm(self.embed_coarse(known))
-        coarse = rearrange(coarse, "b view frame track channel -> (b view track) frame channel")
-        valid = rearrange(valid, "b view frame track -> (b view track) 1 1 frame")
-        time = self.embed_time(timestep_embedding(t, x.shape[-1]))[:, None, None, None]
+        coarse = rearrange(coarse, "b n p d -> (b p) n d")
+        valid = rearrange(known[..., 0] > 0, "b n p -> (b p) 1 1 n")
+        time = self.embed_time(timestep_embedding(t, x.shape[-1]))[:, None, None]
         for i, block in enumerate(self.blocks):
-            arguments = (x, time, coarse, valid, layout, layout.curves[i % 2])
-            if self.checkpointing:
-                x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(*arguments)
-        x = self.head(modulate(x, *self.modulation(time).chunk(2, -1))).float()
-        return rearrange(x, "b frame view track channel -> b view frame track channel")
+            curve = layout.curves[i % 2]
+            x = run_block(block, self.checkpointing, x, time, coarse, valid, layout, curve)
+        shift, scale = self.modulation(time).to(x.dtype).chunk(2, -1)
+        return self.head(modulate(x, shift, scale)).float()
 
 
 # ---------------------------------------------------------------- lesson
 
-def toy_scenes(count, frames=4, tracks=64):
-    """A drifting hand of ellipsoids (a palm, five fingers) and what three cameras make of it.
-
-    Returns the DPA's arguments and `truth` (B,V,N,K,3) in metres. The coarse tracks err as real
-    ones do: along the ray by one offset a view (a wrong depth scale) and one a track, a little by
-    frame, and 10 % are garbage, half of it marked invalid.
-    """
-    centres = torch.tensor([[0, 0, 0]] + [[.07, .022 * i - .044, .01 * i] for i in range(5)])
-    radii = torch.tensor([[.05, .045, .02]] + [[.045, .011, .011]] * 5)
-    pose = torch.linalg.qr(torch.randn(count, 1, 1, 3, 3)).Q   # of right hands and of left ones
-    part = torch.randint(6, (count, 3, 1, tracks))
-    eyes = torch.tensor([[-.36, -.35, .3], [0, -.5, .3], [.36, -.35, .3]]).expand(count, -1, -1)
-    normal = F.normalize(torch.randn(count, 3, 1, tracks, 3), dim=-1)
-    normal *= ((normal @ pose) * eyes[:, :, None, None]).sum(-1, keepdim=True).sign()  # to its view
-    drift = torch.arange(1, 1 + frames)[:, None, None] * 0.02 * torch.randn(count, 1, 1, 1, 3)
-    truth = (centres[part] + normal * radii[part]) @ pose + drift
-
+def toy_scenes(count, frames=4, tracks=48):
+    """Arguments of the DPA, and `truth` (B,V,N,K,3) in metres: points of a drifting ball, seen by
+    three cameras whose coarse tracks err along the ray, by one offset a view and one a track."""
+    eyes = torch.tensor([[-.36, -.35, .3], [0, -.5, .3], [.36, -.35, .3]])
+    eyes = eyes.expand(count, -1, -1)                                         # (B, V, 3)
+    towards = torch.tensor([0, -1, 1]) + torch.randn(count, 3, 1, tracks, 3)
+    drift = torch.arange(frames)[:, None, None] * torch.randn(count, 1, 1, 1, 3)
+    truth = 0.08 * F.normalize(towards, dim=-1) + 0.02 * drift                # (B, V, N, K, 3)
     ray = F.normalize(truth - eyes[:, :, None, None], dim=-1)
-    depth_error = torch.randn(count, 3, 1, 1, 1) + torch.randn(count, 3, 1, tracks, 1)
-    coarse = truth + 0.02 * ray * depth_error + 0.003 * torch.randn_like(truth)
-    garbage = torch.rand(truth.shape[:-1]) < 0.1
-    coarse = torch.where(garbage[..., None], 0.1 * torch.randn_like(truth), coarse)
-    return dict(truth=truth, coarse=coarse, valid=~garbage | (torch.rand(garbage.shape) < 0.5),
-                anchors=ray[:, :, 0, :, ::2] + 0.5, camera_centres=eyes)
+    of_view = torch.randn(count, 3, 1, 1, 1)
+    of_track = torch.randn(count, 3, 1, tracks, 1)
+    coarse = truth + 0.02 * ray * (of_view + of_track)
+    valid = torch.rand(truth.shape[:-1]) < 0.9
+    return dict(truth=truth, coarse=coarse, valid=valid, anchors=torch.rand(tracks, 2),
+                camera_centres=eyes)
 
 
-def lesson(steps=120, batch=4):
+def lesson(steps=120, batch=3):
     """Trains a tiny DPA on toy scenes, never twice the same; measures and draws unseen ones."""
     from matplotlib.figure import Figure       # here, so that importing dpa.py stays quick
     torch.manual_seed(0)
-    dpa, test = DPA(dim=64, depth=2, heads=4, patch=48), toy_scenes(16)
-    truth, start = test.pop("truth"), torch.randn(16, 3, 4, 64, 3)           # (B, V, N, K, 3)
-    coarse = dpa.denormalise(fill_invalid(dpa.normalise(test["coarse"]), test["valid"])[0])
+    dpa, test = DPA(dim=64, depth=2, heads=2, patch=48), toy_scenes(12)
+    truth = test.pop("truth")
+    coarse, start, now = test["coarse"], torch.randn_like(truth), torch.ones(12)
+
+    def flow(t):
+        return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
 
     def error_cm(points):
         return 100 * (points - truth).norm(dim=-1).mean().item()
-    print(f"error in 16 scenes never trained on: coarse tracks {error_cm(coarse):.2f} cm")
+    print(f"error in 12 scenes never trained on: coarse tracks {error_cm(coarse):.2f} cm")
     optimizer = torch.optim.AdamW(dpa.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, steps)
     for step in range(1, steps + 1):
         scene, t = toy_scenes(batch), torch.rand(batch)
         clean, time = dpa.normalise(scene.pop("truth")), t[:, None, None, None, None]
         noise = torch.randn_like(clean)
-        velocity = dpa((1 - time) * clean + time * noise, t=t, **scene)
+        velocity = dpa((1 - time) * clean + time * noise, t=t, path=flow(t), **scene)
         loss = F.mse_loss(velocity, noise - clean)            # Eq. 4, but for the Chamfer distance
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(dpa.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if step % 30 == 0:
             with torch.no_grad():                             # in one step from noise, t = 1
-                aligned = dpa.denormalise(start - dpa(start, t=torch.ones(16), **test))
+                aligned = dpa.denormalise(start - dpa(start, t=now, path=flow(now), **test))
             print(f"  after {step} steps: aligned tracks {error_cm(aligned):.2f} cm")
 
-    cloud = truth[0, :, 0].flatten(0, 1)                                     # (V K, 3), metres
-    layout = build_layout(cloud[None], dpa.voxel_size, dpa.patch)
-    curve, occupied = layout.curves[0], (layout.neighbours >= 0).sum(1).float().mean()
-    print(f"one of them at one time: {len(cloud)} points in {len(layout.counts)} voxels of 2 cm, "
-          f"{occupied:.1f} of the 27 around one occupied; patches {tuple(curve.filled.shape[::3])}")
-    figure = Figure(figsize=(15, 5.5), layout="constrained")
-    axes = figure.subplots(1, 3, sharex=True, sharey=True)
-    x, y, _ = 100 * cloud[curve.rank.argsort()].T
-    axes[0].plot(x, y, color="0.75", linewidth=0.8)
-    axes[0].scatter(x, y, c=torch.arange(len(cloud)) // dpa.patch, cmap="turbo", s=14)
-    axes[0].set(title="z-order curve through all views, one colour a patch",
-                xlabel="x, cm", ylabel="y, cm",
-                xlim=(x.min() - 3, x.max() + 3), ylim=(y.min() - 3, y.max() + 3))
-    for axis, points, name in zip(axes[1:], (coarse, aligned), ("coarse", "aligned")):
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    for axis, points, name in zip(figure.subplots(1, 2), (coarse, aligned), ("coarse", "aligned")):
         axis.set_title(f"{name}, a colour a view, lines to the truth: {error_cm(points):.2f} cm")
         for view, true, colour in zip(points[0, :, 0], truth[0, :, 0], ("red", "green", "blue")):
-            x, y, _ = (100 * torch.stack([view, true])).unbind(-1)           # (2, K)
+            x, y, _ = (100 * torch.stack([view, true])).unbind(-1)            # (2, K)
             axis.plot(x, y, color=f"tab:{colour}", linewidth=0.5)
             axis.scatter(x[0], y[0], color=f"tab:{colour}", s=8)
     Path("out").mkdir(exist_ok=True)
     figure.savefig("out/dpa.png", dpi=80)
-    print("wrote out/dpa.png")
+    print("wrote out/dpa.png. Try coarse = truth + 0.01 * torch.randn_like(truth) in toy_scenes:\n"
+          "noise that no other view shares is averaged over the frames of a track.")
 
 
 if __name__ == "__main__":
