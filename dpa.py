@@ -42,11 +42,8 @@ PRIOR_STD = (0.35, 0.7, 1.5)
 # ---------------------------------------------------------------- serialization, sparsification
 
 def morton_code(ijk, bits=10):
-    """Position of cells along the z-order curve: ijk (..., 3) int64 -> (...) int64.
-
-    The `bits` low bits of i, j, k are interleaved, x lowest: code bit 3b + axis = bit b of that
-    axis. With x and y swapped it is the "trans" curve of Point Transformer V3 (Sec. 3.4).
-    """
+    """Position of cells along the z-order curve: ijk (..., 3) int64 -> (...) int64, code bit
+    3b + axis = bit b of that axis. With x and y swapped it is PTv3's "trans" curve (Sec. 3.4)."""
     bit = torch.arange(bits, device=ijk.device)[:, None]
     axis = torch.arange(3, device=ijk.device)
     set_bits = (ijk.long()[..., None, :] >> bit) & 1                          # (..., bits, 3)
@@ -54,20 +51,15 @@ def morton_code(ijk, bits=10):
 
 
 def grid_cells(points, cell, bits):
-    """Cells of points (..., 3) in the fixed world grid -> (..., 3) int64 in [1, 2^bits - 2].
-
-    The grid starts at the world's origin and not at the cloud's minimum (as PTv3's does), so that
-    an item's result cannot depend on its batch mates. Points beyond the grid land on its border.
-    """
+    """Cells of points (..., 3) in the fixed world grid -> (..., 3) int64 in [1, 2^bits - 2]. PTv3's
+    grid starts at the cloud's minimum, so that results depend on batch mates; ours do not."""
     half = 2 ** (bits - 1)
     return (torch.floor(points / cell).clamp(1 - half, half - 2) + half).long()
 
 
 def voxelize(points, voxel_size):
-    """Sparsification (Sec. 3.4): the occupied voxels of each group of points (G, P, 3), metres.
-
-    Returns keys (M,) sorted and inverse (G, P), the voxel of each point.
-    """
+    """Sparsification (Sec. 3.4): the occupied voxels of each group of points (G, P, 3), metres:
+    keys (M,), sorted, and inverse (G, P), the voxel of each point."""
     keys = torch.arange(len(points), device=points.device)[:, None]           # group, then x, y, z
     for cell in grid_cells(points, voxel_size, VOXEL_BITS).unbind(-1):
         keys = keys << VOXEL_BITS | cell
@@ -75,11 +67,8 @@ def voxelize(points, voxel_size):
 
 
 def voxel_neighbours(keys):
-    """Rows of the 27 neighbours of every voxel: keys (M,) in any order -> (M, 27), -1 for none.
-
-    Neighbour 9(dx+1) + 3(dy+1) + (dz+1) lies at (dx, dy, dz), each -1, 0 or 1, in the same group:
-    cells stay one away from the grid's border, so adding an offset to a key never overflows.
-    """
+    """Rows of the 27 neighbours of every voxel: keys (M,) in any order -> (M, 27), -1 for none, in
+    the order of dx, dy, dz. Cells stay one away from the grid's border, so no key overflows."""
     step = torch.arange(-1, 2, device=keys.device)
     offsets = torch.cartesian_prod(step << 2 * VOXEL_BITS, step << VOXEL_BITS, step).sum(-1)
     ordered, row = keys.sort()
@@ -152,11 +141,9 @@ def make_layout(points, seen, voxel_size, patch):
 # ---------------------------------------------------------------- what is known without a network
 
 def chamfer_distance(a, b):
-    """Chamfer distance of Eq. 4: a (B, P, 3), b (B, Q, 3) -> scalar, in squared units of a and b.
-
-    mean_p min_q |a_p - b_q|^2 + mean_q min_p |a_p - b_q|^2. The nearest points are looked up
-    without gradient, so that the backward pass keeps no P x Q distances; the gradient is the same.
-    """
+    """Chamfer distance of Eq. 4: a (B, P, 3), b (B, Q, 3) -> mean_p min_q |a_p - b_q|^2 +
+    mean_q min_p |a_p - b_q|^2. The nearest points are looked up without gradient, so that the
+    backward pass keeps no P x Q distances; the gradient is the same."""
     with torch.no_grad():
         distance = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
         to_b = repeat(distance.argmin(2), "b point -> b point xyz", xyz=3)
@@ -166,11 +153,8 @@ def chamfer_distance(a, b):
 
 
 def fill_invalid(coarse, valid):
-    """Replaces invalid points by the track's nearest valid frame, or by 0 where it has none.
-
-    coarse (B,N,S,3) normalised, valid (B,N,S) bool -> filled coarse and the standard deviation
-    (B,N,S,1) of the truth around it.
-    """
+    """Replaces invalid points by the track's nearest valid frame, or by 0 where it has none: coarse
+    (B,N,S,3) normalised, valid (B,N,S) -> filled, and the truth's deviation from it (B,N,S,1)."""
     frame = torch.arange(coarse.shape[1], device=coarse.device)
     gap = 2 * (frame[:, None] - frame).abs() + (frame > frame[:, None])       # ties: the earlier
     gap = gap[:, :, None].masked_fill(~valid[:, None], 2**30)                 # (B, N, N, S)
@@ -202,10 +186,8 @@ def fourier(x, octaves):
 # ---------------------------------------------------------------- network
 
 class VoxelConv(nn.Module):
-    """norm(linear(conv(x))) over voxels: the conditional position encoding of PTv3.
-
-    The convolution is half as wide as the network: 27 weights a voxel would be half its size.
-    """
+    """norm(linear(conv(x))) over voxels: the conditional position encoding of PTv3. The convolution
+    is half as wide as the network: 27 weights a voxel would be half its size."""
 
     def __init__(self, dim):
         super().__init__()
@@ -250,11 +232,8 @@ class Block(nn.Module):
         return mixed.index_select(0, curve.rank).view_as(x)
 
     def along_track(self, x, coarse, valid):
-        """4D-conditioned cross-attention of x (B,N,P,D) to its track's valid coarse points.
-
-        Beyond the paper, the track's own points are keys too: its error is much the same in all
-        frames, so what one frame has learned from its neighbours serves the others.
-        """
+        """4D-conditioned cross-attention of x (B,N,P,D) to its track's valid coarse points. Beyond
+        the paper, the track's own points are keys too, as its error is alike in all frames."""
         own = rearrange(x, "b n p d -> (b p) n d")
         context = torch.cat([coarse, own], 1)                                 # (B P, 2 N, D)
         mask = torch.cat([valid, torch.ones_like(valid)], -1)
@@ -332,9 +311,8 @@ class DPA(nn.Module):
         """Answer (B,N,P,4), deviations: xyz, along the ray. told (B,N,P,3), known (B,N,P,35), seen
         (B,N,P), points (B,N,P,3) metres.
 
-        Departure from Sec. 3.4: the coarse point is concatenated to its noisy point slot by slot.
-        Cross-attention alone stayed, after equal training, worse than its input.
-        """
+        Departure from Sec. 3.4: the coarse point is concatenated to its noisy point, as
+        cross-attention alone stayed worse than its input."""
         layout = make_layout(points.flatten(0, 1), seen.flatten(0, 1), self.voxel_size, self.patch)
         x = self.embed_point(torch.cat([told, known], -1))                    # (B, N, P, D)
         coarse = rms_norm(self.embed_coarse(known))

@@ -47,11 +47,8 @@ PATCH = 2                              # latent pixels a token is wide and high
 # ---------------------------------------------------------------------------------- small parts
 
 def attention(q, k, v, fused=False, mask=None):
-    """softmax(q k^T / sqrt(d)) v over (batch, heads, tokens, head_dim).
-
-    mask: bool, True = may attend, broadcastable to (batch, heads, queries, keys); every query needs
-    at least one key. fused: torch's scaled_dot_product_attention does it; equal to rounding.
-    """
+    """softmax(q k^T / sqrt(d)) v over (batch, heads, tokens, head_dim). mask: bool, True = may
+    attend, broadcastable to (batch, heads, queries, keys). fused: torch does it."""
     if fused:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q / math.sqrt(q.shape[-1])) @ k.mT                              # (batch, heads, q, k)
@@ -112,11 +109,8 @@ def mlp(dim, hidden):
 
 
 class Attention(nn.Module):
-    """Multi-head attention from x (batch, T, D) to context (batch, S, D), by default x itself.
-
-    angles: rotary_angles of queries and keys; mask: see attention(). As in Wan2.2, q and k are
-    RMS-normalised over the full width before the heads are split.
-    """
+    """Multi-head attention from x (batch, T, D) to context (batch, S, D), by default x itself;
+    angles: of rotary positions. As in Wan2.2, q and k are RMS-normalised over the full width."""
 
     fused = False         # of all of them: torch's kernel in place of ours
 
@@ -147,12 +141,10 @@ def run_block(block, checkpointing, *arguments):
 
 
 def posterior_velocity(estimate, deviation, noisy, path):
-    """The velocity of Eq. 1, E[dz_t/dt | z_t], if z_0 is normal around the estimate.
-
-    estimate and noisy z_t (B,...), deviation of z_0 around the estimate (broadcastable), path: see
-    the glossary. Both networks estimate the clean thing and are turned into velocities here:
-    networks this small learn that sooner. Near noise the estimate counts, near t = 0 z_t does.
-    """
+    """The velocity of Eq. 1, E[dz_t/dt | z_t], if z_0 is normal around the estimate (B,...), with
+    a deviation (broadcastable); noisy z_t (B,...). Both networks estimate the clean thing and are
+    turned into velocities here, as small ones learn that sooner. Near noise the estimate counts,
+    near t = 0 z_t does."""
     shape = [-1] + [1] * (noisy.ndim - 1)
     alpha, sigma, alpha_dot, sigma_dot = [value.view(shape) for value in path]
     variance = (alpha * deviation) ** 2 + sigma ** 2                          # of z_t
@@ -194,13 +186,12 @@ def with_previous(groups):
 
 
 class VideoVAE(nn.Module):
-    """Causal video VAE for colour and motion pseudo videos alike (the paper's E and Dec).
+    """Causal video VAE for colour and motion pseudo videos alike (the paper's E and Dec: Wan2.2's).
 
     Frame 0 is a group of its own, then every r_n frames are one. A group is folded into channels
     and 2D convolutions work on it. A linear projection of whole patches (set to their principal
     components by `init_from`) carries most of the picture, the convolutions add what it misses.
-    Input sizes: N = 1 + r_n * k, H and W multiples of r_h and r_w, r_h = r_w a multiple of 4. The
-    paper uses Wan2.2's pretrained VAE (4,16,16), 48 channels.
+    strides: r_n, r_h = r_w, a multiple of 4.
     """
 
     def __init__(self, strides, channels, widths, depth):
@@ -305,11 +296,9 @@ class VideoVAE(nn.Module):
 # ---------------------------------------------------------------------------------- transformer
 
 class TextEncoder(nn.Module):
-    """Words of the prompts, a list of B str -> tokens (B,L,D), mask (B,L), an end mark among them.
-
-    Stands in for the paper's frozen umT5, and is trained with the MJD: a row for each word's hash,
-    and one for its place. The empty prompt is allowed: it is that of classifier-free guidance.
-    """
+    """Words of B prompts -> tokens (B,L,D), mask (B,L): a row for a word's hash, and one for its
+    place. Stands in for the paper's frozen umT5, and is trained with the MJD. The empty prompt is
+    that of classifier-free guidance."""
 
     def __init__(self, dim, tokens):
         super().__init__()
@@ -332,10 +321,8 @@ class TextEncoder(nn.Module):
 
 
 class Block(nn.Module):
-    """One MJD block: modulation, inter-view, intra-view, text, MLP, in the order of Sec. 3.3.
-
-    The T tokens of a view are [scale | register | video (n p) | motion (n p)].
-    """
+    """One MJD block: modulation, inter-view, intra-view, text, MLP, in the order of Sec. 3.3. The T
+    tokens of a view are [scale | register | video (n p) | motion (n p)]."""
 
     def __init__(self, dim, heads, hidden):
         super().__init__()
@@ -383,11 +370,8 @@ def pair(inputs, outputs):
 
 
 class MJD(nn.Module):
-    """The multi-view joint diffusion transformer G_MJD (Sec. 3.3).
-
-    channels: of the VAE's latents; dim, heads, depth, hidden: width, heads, blocks, width of the
-    MLPs; text_tokens: longest prompt in words + 1.
-    """
+    """The multi-view joint diffusion transformer G_MJD (Sec. 3.3). channels: of the VAE's latents;
+    depth: blocks; hidden: width of the MLPs; text_tokens: longest prompt in words + 1."""
 
     scale_unit = 0.1      # metres: s = scale_centre + scale_unit * output
     deviation = 0.4       # of the clean latents around the estimate, see posterior_velocity
@@ -479,11 +463,9 @@ class MJD(nn.Module):
         return torch.cat([special, video, motion], 2)
 
     def modulations(self, t, given, frames):
-        """Rows for every token time: (B,V,n+1,6D) of the blocks and (B,V,n+1,2D) of the head.
-
-        Row i < n is video frame i: its time is t, but exactly 0 for a reference that is given. The
-        last row is for the motion tokens (and the scale and register tokens), with its own weights.
-        """
+        """Rows for every token time: (B,V,n+1,6D) of the blocks and (B,V,n+1,2D) of the head. Row
+        i < n is video frame i, at t, but 0 for a reference that is given; the last row, which has
+        its own weights, is for motion, scale and register tokens."""
         time = repeat(t, "b -> b v r", v=given.shape[1], r=frames + 1).clone()
         time[:, :, 0] = torch.where(given, 0.0, time[:, :, 0])
         features = self.time(timestep_embedding(time, 256))                   # (B, V, n+1, D)
