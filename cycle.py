@@ -12,10 +12,12 @@
           +--- (B,V,2,C,n,h,w), guidance of the *next* step: z~, and (beyond the paper) the
                reference pictures carried along the aligned tracks
 
-The first departure (measured; the README lists the others): Alg. 1 reads the coarse tracks from
-*noisy* latents; decoded, those are useless (6-23 cm). We read them from the clean estimate.
+The first departure (measured; the README lists the others): Alg. 1 reads the coarse tracks of
+line 3 from *noisy* latents; decoded, those are useless (6-23 cm). We read them from a clean
+estimate: line 3 has a pass of the MJD of its own, unguided and at its own scale, as in sampling.
 
-Symbols as in the paper and mjd.py's glossary. Run `python cycle.py` for a picture of the loop.
+Symbols as in the paper and mjd.py's glossary, without hats: v_V, v_Mpv, v_M are what the networks
+say. Run `python cycle.py` for a picture of the loop.
 """
 
 import argparse
@@ -168,17 +170,20 @@ def insert_reference(latents, reference, given):
     return torch.cat([first, latents[:, :, :, 1:]], 3)
 
 
+def in_front(scale):
+    """Early in training a scale (B,V,2) can be anything: made an interval before the camera."""
+    near = scale[..., 0].clamp_min(0.05)
+    far = torch.maximum(scale[..., 1], near + 0.01)
+    return torch.stack([near, far], -1)
+
+
 @torch.no_grad()
 def read_tracks(models, motion, scale, cameras):
     """Denorm & Dec: clean motion latents (B,V,C,n,h,w) and scale (B,V,2) -> coarse tracks
     (B,V,N,K,3) in metres and valid (B,V,N,K)."""
     pseudo = (models.vae.decode(motion, "motion") + 1) / 2                    # (B,V,3,N,H,W)
-    # Early in training a scale can be anything: keep it an interval in front of the camera.
-    near = scale[..., 0].clamp_min(0.05)
-    far = torch.maximum(scale[..., 1], near + 0.01)
-    scale = torch.stack([near, far], -1)
-    tracks, valid = pseudo_video_to_tracks(fold(pseudo), fold(scale), *map(fold, cameras),
-                                           models.config["stride"])
+    tracks, valid = pseudo_video_to_tracks(fold(pseudo), fold(in_front(scale)),
+                                           *map(fold, cameras), models.config["stride"])
     return tracks.unflatten(0, scale.shape[:2]), valid.unflatten(0, scale.shape[:2])
 
 
@@ -195,8 +200,8 @@ def draw_guidance(models, tracks, valid, scale, cameras, references, given):
     """Guidance (B,V,2,C,n,h,w) of the MJD: [1] z~ = E(ProjNorm(M~)) of Alg. 1 line 3, for the
     motion tokens; [0] the references carried along the tracks, for the video tokens.
 
-    Tracks (B,V,N,K,3) in metres are one set of world points: those of *all* views that are ever
-    valid (B,V,N,K) are drawn in each. references (B,V,3,H,W) in [-1,1]; given (B,V).
+    Beyond the paper, tracks (B,V,N,K,3) in metres are one set of world points: those of *all* views
+    that are ever valid (B,V,N,K) are drawn in each. references (B,V,3,H,W) in [-1,1]; given (B,V).
     """
     batch, views, _, count = valid.shape
     size = references.shape[-2:]
@@ -204,7 +209,7 @@ def draw_guidance(models, tracks, valid, scale, cameras, references, given):
     everything = repeat(tracks, "b u n k c -> (b v) n (u k) c", v=views)
     all_shown = repeat(shown, "b u n k -> (b v) n (u k)", v=views)
     pseudo, _ = tracks_to_pseudo_video(everything, all_shown, *map(fold, cameras), size,
-                                       fold(scale), radius=disc_radius(size, count))
+                                       fold(in_front(scale)), radius=disc_radius(size, count))
     motion = models.vae.encode(2 * pseudo.unflatten(0, (batch, views)) - 1, "motion")
     scenes = zip(tracks, shown, *cameras, references, given)
     carried = torch.stack([references_along_tracks(*scene) for scene in scenes])
@@ -222,7 +227,7 @@ def joint_losses(models, batch, given, loop=True, aligned=True):
     """
     vae, mjd, dpa, scheduler = models.vae, models.mjd, models.dpa, models.scheduler
     cameras, P = (batch["intrinsics"], batch["extrinsics"]), batch["prompt"]
-    # line 1: s and M_pv = ProjNorm(M) come with the sample; encode everything (z_V begins with z_I)
+    # line 1: s and M_pv, a dense ProjNorm(M), come with the sample; encode (z_V starts with z_I)
     I, s, M = batch["video"][:, :, :, 0], batch["scale"], dpa.normalise(batch["tracks"])
     with torch.no_grad():
         z_V = vae.encode(batch["video"], "video")
@@ -246,7 +251,7 @@ def joint_losses(models, batch, given, loop=True, aligned=True):
             M_tilde = dpa.denormalise(scheduler.clean(v_M, M_t, t))
             guidance = draw_guidance(models, M_tilde, valid, s_hat, cameras, I, given)
         torch.clear_autocast_cache()     # else torch < 2.10 reuses weights cast without gradient
-    # line 4: (v_V, v_Mpv, s) = G_MJD(z_V,t, z_Mpv,t + z~, z_I, P, t); mjd.py says how z~ is added
+    # line 4: (v_V, v_Mpv, s) = G_MJD(z_V,t, z_Mpv,t + z~, z_I, P, t); "+": MJD.embed_guidance
     v_V, v_Mpv, s_hat = mjd(z_Vt, z_Mpvt, *known, guidance)
     error_V = v_V - scheduler.velocity(z_V, noise_V, t)
     error_V = insert_reference(error_V, 0 * z_V[:, :, :, :1], given)      # not to be predicted
@@ -256,10 +261,10 @@ def joint_losses(models, batch, given, loop=True, aligned=True):
         # line 5: step to the clean motion estimate, decode, denormalise: the coarse tracks
         clean = scheduler.clean(v_Mpv.detach(), z_Mpvt, t)
         coarse, valid = read_tracks(models, clean, s_hat.detach(), cameras)
-        # line 6: M^ = G_DPA(M_t, coarse, t)
+        # line 6: M_bar = G_DPA(M_t, coarse, t)
         v_M = align(models, M_t, coarse, valid, t, cameras, I.shape[-2:])
-        error_M, M_hat = v_M - scheduler.velocity(M, noise_M, t), scheduler.clean(v_M, M_t, t)
-        losses |= dpa_losses(error_M, M_hat, M, valid.any(2) & batch["visible"].any(2))
+        error_M, M_bar = v_M - scheduler.velocity(M, noise_M, t), scheduler.clean(v_M, M_t, t)
+        losses |= dpa_losses(error_M, M_bar, M, valid.any(2) & batch["visible"].any(2))
     return losses                                                         # line 7: L is their sum
 
 
@@ -270,15 +275,15 @@ def mjd_losses(error_V, error_Mpv, error_s):
             "scale": 0.1 * error_s.square().mean()}
 
 
-def dpa_losses(error_M, M_hat, M, there, count=256):
+def dpa_losses(error_M, M_bar, M, there, count=256):
     """L_DPA (Eq. 4) over the tracks that are there (B,V,K): of velocities' errors (B,V,N,K,3), and
     Chamfer between all views' points of a time step, on a random subset of `count`."""
     error = error_M.square().mean((2, 4))
     points = (error * there).sum() / there.sum().clamp_min(1)
-    some = torch.multinomial(there.flatten(1) + 1e-9, min(count, there[0].numel()))
+    some = torch.multinomial(there.flatten(1) + 1e-9, count, replacement=True)
     some = repeat(some, "b p -> b n p c", n=M.shape[2], c=3)
-    M_hat, M = [rearrange(x, "b v n k c -> b n (v k) c") for x in (M_hat, M)]
-    estimate = M_hat.gather(2, some).flatten(0, 1)
+    M_bar, M = [rearrange(x, "b v n k c -> b n (v k) c") for x in (M_bar, M)]
+    estimate = M_bar.gather(2, some).flatten(0, 1)
     truth = M.gather(2, some).flatten(0, 1)
     return {"points": points, "chamfer": chamfer_distance(estimate, truth)}
 
@@ -355,7 +360,7 @@ def moving_psnr(video, truth, threshold=0.1):
     return -10 * torch.log10(error.clamp_min(1e-10)).item()
 
 
-# ------------------------------------------------------------------- what both programs share
+# ------------------------------------------------------- what train.py and sample.py share
 
 def user_path(text):
     """A path of the command line, with ~ expanded: for argparse."""

@@ -13,7 +13,7 @@ Units and frames, everywhere in this project
     uv, anchors      pixels; the centre of the top left pixel is (0.5, 0.5)
     intrinsics       (V,3,3) in pixels; extrinsics (V,4,4) world -> camera, OpenCV (x right, y down,
                      z forward)
-    video, pseudo    in a sample dict both are in [-1, 1]; the functions below draw and read [0, 1]
+    video, pseudo    in a sample dict both are in [-1, 1]; what draws and reads tracks: [0, 1]
 
 Run `python data.py` for a look at one scene (out/data.png).
 """
@@ -46,7 +46,7 @@ def full_precision(function):
     """Runs a function of geometry in float32 also under autocast: bf16 moves a point by 0.16 px."""
     @functools.wraps(function)
     def run(*arguments, **keywords):
-        with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", enabled=False):
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return function(*arguments, **keywords)
     return run
 
@@ -112,6 +112,8 @@ def fraction(uv, size):
 
 def track_grid(size, stride):
     """Anchors (K,2) in pixels: the centres of the cells of `stride` pixels, in reading order."""
+    if size[0] % stride or size[1] % stride:
+        raise ValueError(f"expected whole cells of {stride}x{stride} pixels, got {size}")
     return pixel_centres([side // stride for side in size]).flatten(0, 1) * stride
 
 
@@ -181,7 +183,8 @@ def tracks_to_pseudo_video(tracks, visible, intrinsics, extrinsics, size, scale=
     """Proj & Norm: draw every track at its current pixel in the colour of its anchor.
 
     tracks (V,N,K,3), visible (V,N,K) -> pseudo (V,3,N,H,W) in [0,1] and scale. None: all visible,
-    scale (V,2) of what is drawn, anchors (V,K,2) as in frame 0, radius (pixels) for a grid.
+    scale (V,2) is the tracks' depth range, anchors (V,K,2) are their pixels in frame 0, radius (in
+    pixels) is that of a grid's discs. Departs from the paper: blue is in [0.3, 1].
     """
     uv, depth = project(tracks, intrinsics, extrinsics)                       # (V,N,K,2), (V,N,K)
     shown = depth > NEAREST
@@ -273,7 +276,8 @@ def pseudo_video_to_tracks(pseudo, scale, intrinsics, extrinsics, stride):
     x, y = centres.long().unbind(-1)
     started = pseudo[:, 2, :1, y, x] > FOREGROUND_THRESHOLD                   # (V, 1, K)
     valid = started[..., None] & (weight > 1e-3)                              # (V, N, K, 1)
-    # In frame 0 a track is at its cell's centre. Half of what is wrong there goes off all frames.
+    # In frame 0 a track is at its cell's centre, so its error there is known: half of it, which
+    # measured best, is taken off all frames.
     uv = mean[..., :2]
     wrong = torch.where(valid[:, :1], uv[:, :1] - centres, 0.0)
     uv = uv - 0.5 * wrong
@@ -672,8 +676,8 @@ def colour_video(scene, origin, points, piece):
 
 
 def position_video(scene, camera, points, depth, piece):
-    """The pseudo video (3,N,H,W) of points (N,H,W,3) at the centres of pixels, and its scale (2,):
-    where, in frame 0, was what they see now?"""
+    """The pseudo video (3,N,H,W) in [-1,1] of points (N,H,W,3) at the centres of pixels, and its
+    scale (2,): where, in frame 0, was what they see now? A dense Proj & Norm (Sec. 3.2)."""
     size = piece.shape[1:]
     hit = piece >= 0
     index, _, local = on_pieces(scene, points, piece)

@@ -4,7 +4,7 @@ The pseudo videos come from a video VAE that never saw geometry, so the tracks u
 them disagree between the views. The DPA takes these coarse tracks as its condition and noisy
 points M_t = alpha M + sigma eps as its state, and estimates the velocity of all points:
 
-    noisy  (B,V,N,K,3) --+   only tracks that frame 0 shows: P of V K; one token a track and frame
+    noisy  (B,V,N,K,3) --+   only tracks that are ever valid: P of V K; a token a track and frame
     coarse (B,V,N,K,3) --+-> embed -> depth x Block -> head -> clean estimate -> velocity
                          +-> voxels and space-filling curves of each time step, built once
 
@@ -59,7 +59,8 @@ def grid_cells(points, cell, bits):
 
 def voxelize(points, voxel_size):
     """Sparsification (Sec. 3.4): the occupied voxels of each group of points (G, P, 3), metres:
-    keys (M,), sorted, and inverse (G, P), the voxel of each point."""
+    keys (M,), sorted, and inverse (G, P), the voxel of each point. The paper also drops points; the
+    grid of tracks has few enough."""
     keys = torch.arange(len(points), device=points.device)[:, None]           # group, then x, y, z
     for cell in grid_cells(points, voxel_size, VOXEL_BITS).unbind(-1):
         keys = keys << VOXEL_BITS | cell

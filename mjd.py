@@ -21,10 +21,11 @@
           velocity of z_V, velocity of z_Mpv  (B,V,C,n,h,w)     scale s (B,V,2)
 
 Glossary
-    B batch    V views    N frames    n latent frames = 1 + (N-1)/r_n    H W pixels    h w latent
-    grid    C latent channels    D width    T tokens of a view    p = h w / 4 tokens of a latent
-    frame    L text tokens    K tracks of a view    t time in [0,1], 1 = noise
+    B batch    V views    N frames    H W pixels    K tracks of a view    L text tokens    D width
+    n latent frames = 1 + (N-1)/r_n    h w latent grid    C latent channels
+    T tokens of a view    p tokens of a latent frame = h w / 4    t time in [0,1], 1 = noise
     path: alpha, sigma and their derivatives by t of z_t = alpha z_0 + sigma z_1, each (B,)
+L_MJD (Eq. 3) is in cycle.py.
 Run `python mjd.py` for the paper's 9,100 tokens and who attends to whom (out/mjd.png).
 """
 
@@ -339,9 +340,9 @@ class Block(nn.Module):
         frames = rows.shape[2] - 1
         video, motion = self.modulation.to(x.dtype)
         own = torch.stack([video] * frames + [motion])                        # (n+1, 6D)
-        spread = choice @ (rows + own)           # a product, as its backward is one too
+        spread = choice @ (rows + own)     # one-hot: the backward is a product, not a scatter
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = spread.chunk(6, -1)
-        # The paper's six rows: both attentions share three.
+        # Six rows, as in Wan: both attentions share three.
         x = x + gate * self.between_views(modulate(x, shift, scale), frames, angles)
         x = x + gate * self.within_view(modulate(x, shift, scale), angles)
         every = rms_norm(x).flatten(1, 2)                                     # (B, V T, D)
@@ -383,9 +384,9 @@ class MJD(nn.Module):
         self.text = TextEncoder(dim, text_tokens)
         pixels = channels * PATCH ** 2
         self.embed = pair(pixels, dim)
-        # The refined motion guidance has a projection of its own. The paper adds it to z_Mpv,t
-        # (Alg. 1, line 4), where the sum is ambiguous at low t. [1] is that; [0], beyond the paper,
-        # is for the video tokens: the references carried along the tracks.
+        # [1] embeds z~ for the motion tokens. The paper adds z~ to z_Mpv,t (Alg. 1, line 4), where
+        # the sum is ambiguous at low t. [0], beyond the paper, embeds the references carried along
+        # the tracks, for the video tokens.
         self.embed_guidance = zero_init(pair(pixels, dim))
         # Beyond the paper: z_I is shown to the tokens of all frames, not of the first alone, and
         # the rays come with the pixel's own position (which is a pseudo video's background).
