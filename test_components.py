@@ -137,7 +137,7 @@ class TestDataSets:
         assert views < 3 or steps.min() > 0.8 * steps.max()
 
     def test_cameras_that_see_the_horizon_give_finite_colours(self, monkeypatch):
-        level = data.camera(torch.tensor([0., -.6, .1]), torch.tensor([0., 0, .1]), 60., (32, 48))
+        level = data.camera(torch.tensor([0., .6, .1]), torch.tensor([0., 0, .1]), 60., (32, 48))
         monkeypatch.setattr(data, "camera_rig", lambda *arguments: level)
         video = data.SyntheticHOI("val", **TINY | {"views": 1})[0]["video"]
         assert video.isfinite().all()
@@ -191,8 +191,8 @@ def arguments_of(kind):
                     path=torch.tensor([[0.5], [0.5], [-1], [1]]), prompts=["<spoon, stir, bowl>"],
                     given=torch.tensor([[True, False, False]]))
     return dict(noisy=randn(2, 3, 4, 20, 3), coarse=randn(2, 3, 4, 20, 3) / 10, t=one,
-                valid=torch.rand(2, 3, 4, 20) > 0.2, camera_centres=randn(2, 3, 3),
-                path=torch.tensor([[0., 0], [1, 1], [-1, -1], [1, 1]]), anchors=torch.rand(20, 2))
+                valid=torch.rand(2, 3, 4, 20) > 0.7, camera_centres=randn(2, 3, 3),
+                path=torch.tensor([[0.], [1], [-1], [1]]), anchors=torch.rand(20, 2))
 
 
 class TestNetworks:
@@ -240,14 +240,15 @@ class TestNetworks:
         for one, two in zip(before, network(**arguments)):
             assert not close(one, two, 1e-4)
 
-    def test_the_aligner_mixes_views_but_neither_batch_mates_nor_garbage(self, models):
+    def test_the_aligner_looks_at_neither_batch_mates_nor_garbage(self, models):
         arguments = arguments_of("dpa")
+        arguments["valid"][1, :, :, 5:] = False                  # fewer tracks than its mate
         before = models.dpa(**arguments)
         arguments["coarse"][~arguments["valid"]] = torch.nan
         assert close(models.dpa(**arguments), before, 1e-4)
-        arguments["coarse"][1, 0] += 0.01
-        change = (models.dpa(**arguments) - before).abs().amax((2, 3, 4))    # (B, V)
-        assert change[0].max() < 1e-4 < change[1].min()
+        alone = {key: value[1:] for key, value in arguments.items()}
+        alone |= {key: arguments[key] for key in ("path", "anchors")}
+        assert close(models.dpa(**alone), before[1:], 1e-4)
 
     def test_under_autocast_blocks_receive_bf16(self, models, batch):
         seen = []
@@ -321,7 +322,6 @@ class TestLoop:
         closed, opened = states(models, batch), states(models, batch, loop=False)
         for one, other in zip(opened, states(models, batch, aligned=False)):
             assert torch.equal(one.z_V, other.z_V)
-            assert not close(one.tracks, one.coarse)                # the DPA has aligned them
         assert torch.equal(closed[0].z_V, opened[0].z_V)            # the first step is unguided
         assert not close(closed[1].z_V, opened[1].z_V)
 
@@ -371,7 +371,7 @@ def write_mano(path, rng):
     joints._shape = (16, 778)
     joints.indptr = np.arange(779).clip(0, 16)                       # joint j is vertex j
     joints.indices = np.arange(16)
-    joints.data = np.ones(16)
+    joints.data = [1.0] * 16
     content = dict(shapedirs=shapes, J_regressor=joints, unused={1, 2})
     content["v_template"] = rng.normal(0, 0.03, (778, 3))
     content["posedirs"] = rng.normal(0, 1e-4, (778, 3, 135))
@@ -501,7 +501,7 @@ def stop_in_step(monkeypatch, step, killed=False):
 
     def interrupted(*arguments):
         if next(calls) == step:
-            signal.default_int_handler(2, None) if killed else signal.raise_signal(signal.SIGINT)
+            1 / 0 if killed else signal.raise_signal(2)
         return losses(*arguments)
     monkeypatch.setattr(train, "stage_losses", interrupted)
 
@@ -539,7 +539,7 @@ class TestTraining:
         handler = signal.getsignal(signal.SIGINT)
         flags = f"--stage {stage} --steps {4 - step % 2 * 2}"
         assert run(tmp_path / "whole", flags) == 0
-        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        with monkeypatch.context() as patch, contextlib.suppress(ZeroDivisionError):
             stop_in_step(patch, step, killed=stage == "all")         # between two stages
             assert run(tmp_path / "parts", flags) == 0
         assert run(tmp_path / "parts", f"{flags} --resume") == 0
@@ -549,21 +549,22 @@ class TestTraining:
             assert torch.equal(value, parts["average"][key]), key
 
     def test_averages_go_on_after_ctrl_c_and_at_another_size(self, run, tmp_path, monkeypatch):
-        stop_in_step(monkeypatch, 3)
-        assert run(tmp_path, "--stage all --steps 9") == 0
-        stopped, key = checkpoint(tmp_path), "vae.linear_encode.weight"
+        stop_in_step(monkeypatch, 5)                                         # the second of base
+        assert run(tmp_path, "--stage all --steps 3") == 0
+        kept, key = checkpoint(tmp_path), "mjd.modality"
+        assert torch.equal(kept["weights"]["vae.latent_std"], kept["average"]["vae.latent_std"])
         sampled = cycle.load_models(tmp_path / "checkpoint.pt").state_dict()
-        assert torch.equal(sampled[key], stopped["average"][key])
-        assert run(tmp_path, "--stage base --steps 1 --size 48x48") == 0
-        assert torch.equal(checkpoint(tmp_path)["weights"][key], stopped["average"][key])
+        assert torch.equal(sampled[key], kept["average"][key])
+        assert run(tmp_path, "--stage dpa --steps 1 --size 48x48") == 0
+        assert torch.equal(checkpoint(tmp_path)["weights"][key], kept["average"][key])
 
     def test_two_processes_equal_one_and_share_its_checkpoints(self, run, tmp_path):
-        one, two, program = tmp_path / "one", tmp_path / "two", tmp_path / "pair.py"
+        one, two = tmp_path / "one", tmp_path / "two"
         assert run(one, "--stage joint --steps 1") == 0
         shutil.copytree(one, two)
-        program.write_text(PAIR)
-        command = (f"-m torch.distributed.run --standalone --nproc_per_node=2 {program} --resume "
-                   f"{run.fixed} --out {two} --stage joint --steps 4")
+        (tmp_path / "pair.py").write_text(PAIR)
+        command = (f"-m torch.distributed.run --standalone --nproc_per_node=2 {tmp_path}/pair.py "
+                   f"{run.fixed} --out {two} --stage joint --steps 4 --resume")
         own = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
         ended = subprocess.run([sys.executable, *command.split()], env=own, capture_output=True)
         assert ended.returncode == 0, ended.stderr
@@ -694,7 +695,6 @@ class TestSampling:
         assert left < -0.6 < 0.6 < right                                     # the tree's cameras
         assert call(sample, f"{flags} --eval --split unseen {source}") == 0
         table = json.loads((tmp_path / "eval.json").read_text())["unseen"]
-        assert len(table["ablation"]) == 7
         assert table["baseline"]["tracks_cm_ci"] is None                     # of one scene
         assert call(sample, f"{flags} --eval") == 2                          # not without the data
 
@@ -749,6 +749,17 @@ class TestBothPrograms:
 
 
 class TestReadmeAndHouse:
+    def test_the_readmes_table_is_that_of_eval_json(self):
+        report = json.loads((HERE / "assets" / "eval.json").read_text())["val"]
+        rows = report["ablation"] + [{"name": "reference frame repeated"} | report["baseline"],
+                                     {"name": "VAE round trip"} | report["ceiling"]]
+        readme = (HERE / "README.md").read_text()
+        for row in rows:
+            cells = [row["name"]]
+            for key in ("psnr_moving", "sharpness", "mv_rpe", "hands_tool_cm"):
+                cells.append(f"{row[key]:.2f} ± {row[key + '_ci']:.2f}")
+            assert "| " + " | ".join(cells) + " |" in readme, row["name"]
+
     def test_the_readme_is_true(self):
         text, code = (HERE / "README.md").read_text(), "".join(map(Path.read_text, SCRIPTS))
         for path in re.findall(r"(?:assets|weights|docs)/[\w.-]+\w|\b[a-z_]+\.py\b", text):
