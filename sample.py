@@ -120,7 +120,10 @@ def read_rig(path, models):
         centre = models.dpa.scene_centre.cpu().expand(len(views), 1, 3)
         uv, depth = project(centre, intrinsics, extrinsics)
         away = (uv / size - 0.5).abs().amax()
-        if not (away < 0.45 and depth.amin() > 0.05):                      # so NaN is refused too
+        turn = extrinsics[:, :3, :3]
+        rigid = (turn @ turn.mT - torch.eye(3)).abs().amax() < 1e-3
+        rigid = rigid and torch.linalg.det(turn).amin() > 0
+        if not (rigid and away < 0.45 and 0.05 < depth.amin() < 20):       # so NaN is refused too
             raise ValueError(f"they do not see the scene's centre, {centre[0, 0].tolist()}")
     except Exception as error:
         raise ValueError("--cameras: expected a rig as --print-cameras prints it (world -> camera, "

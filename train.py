@@ -286,8 +286,14 @@ def save(settings, models, averaged, optimiser, stage, step, spent):
 
 def write_atomically(path, state):
     """torch.save under another name, then renamed: a file is old or new, never half."""
-    torch.save(state, path.with_suffix(".new"))
-    os.replace(path.with_suffix(".new"), path)
+    draft = path.with_suffix(".new")
+    try:
+        torch.save(state, draft)
+        os.replace(draft, path)
+    except (OSError, RuntimeError) as error:
+        draft.unlink(missing_ok=True)
+        raise OSError(f"could not write {path} ({error}): free some space or give another --out; "
+                      "the file from before is untouched") from None
 
 
 def report(settings, stage, step, record, title=""):
