@@ -445,7 +445,7 @@ def lesson():
     for axis, rows, name in zip(figure.subplots(1, 2), columns, ("loop on", "loop off")):
         axis.imshow(torch.cat([film_strip(clip, 5) for clip in rows.values()]))
         axis.set_yticks([64 * row + 32 for row in range(len(rows))], rows)
-        axis.set(title=name, xticks=[])
+        axis.set(title=name, xticks=[], anchor="N")
     Path("out").mkdir(exist_ok=True)
     figure.savefig("out/cycle.png", dpi=80)
     print("wrote out/cycle.png. Try sample(..., carry=False) in watch: the paper's guidance\n"
