@@ -770,7 +770,8 @@ class TestReadmeAndHouse:
             lines = (HERE / name).read_text().count("\n")
             assert int(count) == pytest.approx(lines, rel=0.05), name
 
-    @each("script, no", zip(SCRIPTS, ["mjd dpa cycle", "data dpa cycle", "data cycle", "", "", ""]))
+    @each("script, no", list(zip(SCRIPTS, ["mjd dpa cycle", "data dpa cycle", "data cycle",
+                                           "", "", ""])))
     def test_house_rules(self, script, no):
         text = script.read_text()
         imported = re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)
