@@ -387,7 +387,7 @@ def lesson(steps=120, batch=3):
     Path("out").mkdir(exist_ok=True)
     figure.savefig("out/dpa.png", dpi=80)
     print("wrote out/dpa.png. Try coarse = truth + 0.01 * torch.randn_like(truth) in toy_scenes:\n"
-          "noise that no other view shares is averaged over the frames of a track.")
+          "nothing shares a point's own noise, and nearly all of it stays (1.59 to 1.58 cm).")
 
 
 if __name__ == "__main__":

@@ -526,8 +526,8 @@ def lesson():
         axis.set(title=name, ylabel="view", xlabel="time: 4 of the video, 4 of the motion")
     Path("out").mkdir(exist_ok=True)
     figure.savefig("out/mjd.png", dpi=100)
-    print("wrote out/mjd.png. Try `return 0 * x` in Block.between_views: after --stage joint,\n"
-          "sample.py --eval gives the matching pixels of single views.")
+    print("wrote out/mjd.png. Try `return 0 * x` in Block.between_views, train --stage joint\n"
+          "and compare the matching pixels of sample.py --eval: what are views that cannot talk worth?")
 
 
 if __name__ == "__main__":
