@@ -527,7 +527,7 @@ def lesson():
     Path("out").mkdir(exist_ok=True)
     figure.savefig("out/mjd.png", dpi=100)
     print("wrote out/mjd.png. Try `return 0 * x` in Block.between_views, train --stage joint\n"
-          "and compare the matching pixels of sample.py --eval: what are views that cannot talk worth?")
+          "and compare the matching pixels of sample.py --eval: what is talking worth?")
 
 
 if __name__ == "__main__":
