@@ -7,7 +7,7 @@
 
 Into --out it writes video_view*.mp4, motion_view*.mp4, overview.png, overview.gif, viewer.html and
 tracks.npz: tracks (V,N,K,3) metres, world, valid (V,N,K), anchors (K,2) pixels, cameras, scale,
-fps, prompt. Same seed, same files (on a CPU). Sizes come from the checkpoint.
+fps, prompt. Sizes come from the checkpoint; same seed, same files (on a CPU).
 """
 
 import argparse
@@ -25,23 +25,20 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 
-from cycle import (SHIPPED, load_models, moving_psnr, pick_device, read_tracks, run_program, sample,
-                   use_bf16, user_path)
-from data import (FOREGROUND_THRESHOLD, TACO, TRIPLETS, SyntheticHOI, anchor_colours, camera,
-                  camera_centres, film_strip, pixel_centres, project, read_text,
-                  references_along_tracks, splat, track_grid, unproject)
+from cycle import (SHIPPED, load_models, moving_psnr, pick_device, positive, read_tracks,
+                   run_program, sample, use_bf16, user_path)
+from data import (FOREGROUND_THRESHOLD, TACO, TRIPLETS, SyntheticHOI, camera_centres, film_strip,
+                  project, references_along_tracks, track_grid)
 from mjd import Attention
 
 FPS = 8
-VIEWER = Path(__file__).parent / "assets" / "viewer.html"
-LIMITS = {"steps": (1, 1e3), "scenes": (1, 1e6), "seed": (0, 1e18), "eta": (0, 1),
-          "temperature": (0, 2), "text_scale": (0, 100)}
+LIMITS = dict(steps=(1, 1e3), seed=(0, 1e18), eta=(0, 1), temperature=(0, 2), text_scale=(0, 100))
 
 
 def parse(arguments=None):
     """Command line -> settings."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    style = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=style)
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--ref", nargs="+", type=user_path, help="picture of the middle view, or one a view")
     add("--print-cameras", action="store_true", help="print the default rig as JSON and stop")
@@ -60,10 +57,10 @@ def parse(arguments=None):
     add("--no-cycle", action="store_true", help="no loop: aligned tracks do not guide the video")
     add("--no-dpa", action="store_true", help="no aligner, hence no loop: the coarse tracks")
     add("--split", default="val", help="scenes of --eval: val or unseen")
-    add("--scenes", type=int, default=48, help="how many scenes of --eval")
+    add("--scenes", type=positive, default=48, help="how many scenes of --eval")
     add("--data", choices=("synthetic", "taco"), default="synthetic", help="scenes of --eval")
-    add("--data-root", type=user_path, help="folder of the TACO data set")
-    add("--mano-dir", type=user_path, help="folder of MANO_LEFT.pkl and MANO_RIGHT.pkl")
+    add("--data-root", type=user_path, default=".", help="folder of the TACO data set")
+    add("--mano-dir", type=user_path, default=".", help="folder of MANO_LEFT.pkl, MANO_RIGHT.pkl")
     add("--json", type=user_path, help="file in which --eval keeps its tables")
     settings = parser.parse_args(arguments)
     for name, (least, most) in LIMITS.items():
@@ -71,48 +68,38 @@ def parse(arguments=None):
             parser.error(f"{name}: expected {least} to {most:g}")
     if not settings.prompt.strip():
         parser.error("--prompt: expected words, as in '<spoon, stir, bowl>'")
-    if settings.data == "taco" and not (settings.data_root and settings.mano_dir):
-        parser.error("--data taco: expected --data-root and --mano-dir: see README, TACO")
-    names = "steps", "seed", "eta", "temperature", "text_scale"
-    settings.options = {name: getattr(settings, name) for name in names}
+    settings.options = {name: getattr(settings, name) for name in LIMITS}
     return settings
 
 
 def read_picture(path, size):
     """An image file as (3,H,W) in [-1,1]: first frame, upright, on white, its middle, resized."""
     try:
-        kind = iio.improps(path, plugin="pillow", index=0).dtype
-        if kind not in ("uint8", "bool"):
-            raise ValueError(f"it has {kind}")
+        if iio.improps(path, plugin="pillow", index=0).dtype not in ("uint8", "bool"):
+            raise ValueError("it has more bits")
         pixels = iio.imread(path, plugin="pillow", index=0, mode="RGBA", rotate=True)
     except Exception as error:                                      # Pillow raises what it likes
-        raise ValueError(f"--ref: expected a picture of 8 bits a channel, could not read {path} "
-                         f"({error}): convert it to PNG or JPEG") from None
+        raise ValueError(f"--ref: expected PNG or JPEG of 8 bits, got {path}: {error}") from None
     pixels = torch.from_numpy(pixels).permute(2, 0, 1) / 255
-    opacity = pixels[3:]
-    picture = pixels[:3] * opacity + 1 - opacity
+    picture = pixels[:3] * pixels[3] + 1 - pixels[3]
     height, width = picture.shape[1:]
     scale = min(height / size[0], width / size[1])
     down = int(height - scale * size[0]) // 2
     across = int(width - scale * size[1]) // 2
     part = picture[None, :, down:height - down, across:width - across]
-    part = F.interpolate(part, size, mode="bilinear", antialias=True)
-    return 2 * part[0].clamp(0, 1) - 1
+    part = F.interpolate(part, size, mode="bilinear", antialias=True)[0]
+    return 2 * part.clamp(0, 1) - 1
 
 
 def read_rig(path, models):
     """A JSON rig, or the checkpoint's -> intrinsics (V,3,3) in pixels of the checkpoint's size,
     cropped as pictures are, extrinsics (V,4,4), names of views."""
-    height, width = models.config["size"]
-    size = torch.tensor([width, height])
+    size = torch.tensor(models.config["size"]).flip(0)                        # width, height
     try:
-        rig = models.config["rig"]
-        if path:
-            rig = json.loads(read_text(path))
+        rig = json.loads(path.read_bytes()) if path else models.config["rig"]
         views = rig["views"]
-        names = [str(view.get("name", number)) for number, view in enumerate(views)]
-        intrinsics = torch.tensor([view["intrinsics"] for view in views]).float().view(-1, 3, 3)
-        extrinsics = torch.tensor([view["extrinsics"] for view in views]).float().view(-1, 4, 4)
+        intrinsics = torch.tensor([view["intrinsics"] for view in views]).float()
+        extrinsics = torch.tensor([view["extrinsics"] for view in views]).float()
         full = torch.tensor(rig["size"]).flip(0)
         scale = (size / full).amax()
         intrinsics[:, :2] *= scale
@@ -120,92 +107,52 @@ def read_rig(path, models):
         centre = models.dpa.scene_centre.cpu().expand(len(views), 1, 3)
         uv, depth = project(centre, intrinsics, extrinsics)
         away = (uv / size - 0.5).abs().amax()
-        turn = extrinsics[:, :3, :3]
-        rigid = (turn @ turn.mT - torch.eye(3)).abs().amax() < 1e-3
-        rigid = rigid and torch.linalg.det(turn).amin() > 0
-        if not (rigid and away < 0.45 and 0.05 < depth.amin() < 20):       # so NaN is refused too
-            raise ValueError(f"they do not see the scene's centre, {centre[0, 0].tolist()}")
+        if not (away < 0.45 and 0.05 < depth.amin() < 20):                 # so NaN is refused too
+            raise ValueError("they do not see the scene's centre")
+        return intrinsics, extrinsics, [view["name"] for view in views]
     except Exception as error:
-        raise ValueError("--cameras: expected a rig as --print-cameras prints it (world -> camera, "
-                         f"OpenCV axes, metres; pixels), got others in {path}: {error!r:.150}"
-                         ) from None
-    return intrinsics, extrinsics, names
+        wanted = "a rig of --print-cameras (world -> camera, OpenCV axes, metres; pixels)"
+        raise ValueError(f"--cameras: expected {wanted}, got {path}: {error!r:.150}") from None
 
 
-def last_state(models, *inputs, **options):
-    """The last SampleState of sample(), and its video (B,V,3,N,H,W)."""
-    device = models.device
-    with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(device)):
-        for state in sample(models, *inputs, **options):
+def generate(models, scene, one=False, axis=0, **options):
+    """The closed loop (Sec. 3.5) from frame 0 of all views or one, the middle; axis=1: each alone.
+    Video, motion (V,3,N,H,W), tracks (V,N,K,3) m, valid (V,N,K), scale (V,2) m, given (V,)."""
+    I = scene["video"][:, :, 0]
+    given = (torch.arange(len(I)) == len(I) // 2) | (not one)
+    inputs = I, given, scene["intrinsics"], scene["extrinsics"]
+    I, given, *cameras = [x.unsqueeze(axis).to(models.device) for x in inputs]
+    with torch.autocast(models.device.type, torch.bfloat16, enabled=use_bf16(models.device)):
+        for state in sample(models, I, given, len(I) * [scene["prompt"]], cameras, **options):
             pass
-        return state, models.vae.decode(state.z_V, "video").float()
+        video = models.vae.decode(state.z_V)
+    motion = models.vae.decode(state.z_Mpv, "motion")
+    result = {"video": video, "motion": motion, "scale": state.scale, "given": given}
+    result |= {"tracks": state.tracks, "valid": state.valid}
+    return {key: value.flatten(0, 1).cpu() for key, value in result.items()}
 
 
-def generate(models, settings):
-    """The closed loop (Sec. 3.5) on the user's pictures: video, motion, carried (references along
-    the tracks) (V,3,N,H,W) in [-1,1], tracks (V,N,K,3) m, valid (V,N,K), colours (V,K,3), more."""
+def answer(models, settings):
+    """What `generate` makes of the user's pictures, rig and prompt, with them, as a dict; and sheet
+    (3,N,V H,3 W): of every view the video, the motion and the references along the tracks."""
     size = models.config["size"]
-    intrinsics, extrinsics, names = read_rig(settings.cameras, models)
+    *cameras, names = read_rig(settings.cameras, models)
     views, count = len(names), len(settings.ref)
     if count not in (1, views):
-        raise ValueError(f"--ref: expected 1 picture (of the middle view) or {views} (one a view, "
-                         f"left to right), got {count}: add or leave out some")
-    references = torch.zeros(views, 3, *size)
-    given = torch.zeros(views, dtype=torch.bool)
-    for view, path in enumerate(settings.ref, views // 2 if count == 1 else 0):
-        references[view] = read_picture(path, size)
-        given[view] = True
-        names[view] += ", given"
-    inputs = [x[None].to(models.device) for x in (references, given, intrinsics, extrinsics)]
-    state, video = last_state(models, *inputs[:2], [settings.prompt], inputs[2:],
-                              loop=not settings.no_cycle, aligned=not settings.no_dpa,
-                              **settings.options)
-    motion = models.vae.decode(state.z_Mpv, "motion")
-    tracks, valid, scale = [x[0].cpu() for x in (state.tracks, state.valid, state.scale)]
-    result = dict(video=video[0].cpu(), motion=motion[0].cpu(), tracks=tracks, valid=valid)
-    result |= dict(scale=scale, intrinsics=intrinsics, extrinsics=extrinsics, names=names)
-    result["prompt"] = settings.prompt
-    result["centre"] = models.dpa.scene_centre.cpu()
-    result["shown"] = valid.float().mean(1) > 0.5                             # (V,K)
+        expected = f"1 picture (of the middle view) or {views} (one a view, left to right)"
+        raise ValueError(f"--ref: expected {expected}, got {count}: add or leave out some")
+    references = torch.stack([read_picture(path, size) for path in settings.ref * (views // count)])
+    scene = {"video": references[:, :, None], "names": names, "prompt": settings.prompt}
+    scene["intrinsics"], scene["extrinsics"] = cameras
+    options = {"loop": not settings.no_cycle, "aligned": not settings.no_dpa}
+    result = scene | generate(models, scene, count == 1, **options | settings.options)
+    tracks, valid = result["tracks"], result["valid"]
     ever = valid.any(1, keepdim=True).expand_as(valid)
-    cameras = intrinsics, extrinsics
-    result["carried"] = references_along_tracks(tracks, ever, *cameras, references, given)
+    carried = references_along_tracks(tracks, ever, *cameras, references, result["given"])
+    kinds = torch.stack([result["video"], result["motion"], carried])
+    result["sheet"] = rearrange(kinds, "k v c n h w -> c n (v h) (k w)")
     result["anchors"] = track_grid(size, models.config["stride"])
-    _, depth = project(tracks[:, 0], *cameras)                                # (V,K)
-    result["colours"] = anchor_colours(result["anchors"], depth, scale[:, None], size)
     return result
-
-
-def can_write_mp4():
-    """Whether ffmpeg is there and has x264."""
-    try:
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-encoders"]
-        return "libx264" in subprocess.run(command, capture_output=True, text=True).stdout
-    except (OSError, RuntimeError):
-        return False
-
-
-def write_results(result, out, mp4=True):
-    """All files into a hidden folder in `out`, then each under its final name, whole."""
-    with tempfile.TemporaryDirectory(prefix=".", dir=out) as draft:
-        draft = Path(draft)
-        for kind in ("video", "motion") if mp4 else ():
-            for view, clip in enumerate(result[kind]):
-                iio.imwrite(draft / f"{kind}_view{view}.mp4", enlarged(clip), plugin="FFMPEG",
-                            codec="libx264", fps=FPS, quality=9, macro_block_size=1,
-                            ffmpeg_log_level="quiet")
-        keys = "tracks", "valid", "anchors", "intrinsics", "extrinsics", "scale"
-        arrays = {key: result[key].numpy() for key in keys}
-        np.savez(draft / "tracks.npz", fps=FPS, prompt=result["prompt"], **arrays)
-        frames = overview(result)
-        iio.imwrite(draft / "overview.gif", frames, duration=1000 / FPS, loop=0)
-        four = frames[np.linspace(0, len(frames) - 1, 4).round().astype(int)]
-        iio.imwrite(draft / "overview.png", rearrange(four, "(a b) h w c -> (a h) (b w) c", a=2))
-        (draft / "viewer.html").write_text(viewer(result), encoding="utf-8")
-        for old in out.glob("*_view*.mp4"):          # of a run that had more views
-            old.unlink()
-        for path in draft.iterdir():
-            path.replace(out / path.name)
 
 
 def enlarged(clip):
@@ -215,191 +162,142 @@ def enlarged(clip):
     return repeat(strip, "h (n w) c -> n (h a) (w b) c", n=count, a=factor, b=factor)
 
 
-def overview(result):
-    """Frames (N,h,w,3) uint8: video and motion video of every view, beside the tracks of all views
-    as another camera sees them, in the colours of the motion videos."""
-    clips = torch.stack([result["video"], result["motion"]])
-    left = enlarged(rearrange(clips, "k v c n h w -> c n (v h) (k w)"))
-    side = left.shape[1]
-    eye = result["centre"] + torch.tensor([0.2, -0.6, 0.4])
-    lens, pose = camera(eye, result["centre"], 1.4 * side, (side, side))
-    points = rearrange(result["tracks"], "v n k c -> 1 n (v k) c")
-    uv, depth = project(points, lens, pose)
-    shown = result["shown"].flatten().expand_as(depth)
-    winner, hit = splat(uv, depth, shown, (side, side), side / 120)           # (1,N,h,w)
-    colours = 255 * result["colours"].flatten(0, 1)[winner[0]]
-    right = torch.where(hit[0, ..., None], colours, 255).byte()
-    return np.concatenate([left, right], 2)
-
-
-def viewer(result):
-    """viewer.html: assets/viewer.html and its data: points (V,N,K,3) as int16 in 0.1 mm from the
-    scene's centre, clips as strips of frames in PNG, cameras as frusta 12 cm deep."""
-    def units(points):
-        return (1e4 * (points - result["centre"])).round().clamp(-32767, 32767).short()
-
-    def packed(content):
-        return base64.b64encode(content).decode()
-
-    views, frames, count = result["tracks"].shape[:3]
-    height, width = result["video"].shape[-2:]
-    corners = torch.tensor([[0, 0], [width, 0], [width, height], [0, height]]).expand(views, 4, 2)
-    depth = torch.full((views, 4), 0.12)
-    far = unproject(corners, depth, result["intrinsics"], result["extrinsics"])
-    eyes = camera_centres(result["extrinsics"])[:, None]
-    frusta = units(torch.cat([eyes, far], 1)).tolist()                        # (V,5,3)
-    content = dict(prompt=result["prompt"], fps=FPS, size=[height, width], frames=frames,
-                   tracks=count, table=units(torch.zeros(3))[2].item(), views=[])
-    content["points"] = packed(units(result["tracks"]).numpy().tobytes())
-    content["colours"] = packed((255 * result["colours"]).byte().numpy())
-    content["valid"] = packed(result["shown"].numpy())
-    for view, name in enumerate(result["names"]):
-        entry = dict(name=name, frustum=frusta[view])
-        for kind in ("video", "motion", "carried"):
-            strip = film_strip(result[kind][view], frames).numpy()
-            png = iio.imwrite("<bytes>", strip, extension=".png")
-            entry[kind] = "data:image/png;base64," + packed(png)
-        content["views"].append(entry)
-    text = json.dumps(content).replace("<", "\\u003c")        # the prompt must not end the script
-    return VIEWER.read_text(encoding="utf-8").replace("__DATA__", text)
+def write_results(result, out, mp4):
+    """All files into a hidden folder in `out`, then each under its final name, whole. viewer.html
+    is assets/viewer.html with its data, in which the frames of the sheet lie side by side."""
+    h264 = {"plugin": "FFMPEG", "codec": "libx264", "quality": 9, "ffmpeg_log_level": "quiet"}
+    with tempfile.TemporaryDirectory(prefix=".", dir=out) as draft:
+        draft = Path(draft)
+        for kind in ("video", "motion") if mp4 else ():
+            for view, clip in enumerate(result[kind]):
+                iio.imwrite(draft / f"{kind}_view{view}.mp4", enlarged(clip), fps=FPS, **h264)
+        keys = "tracks", "valid", "anchors", "intrinsics", "extrinsics", "scale", "prompt"
+        np.savez(draft / "tracks.npz", fps=FPS, **{key: result[key] for key in keys})
+        sheet = result["sheet"]
+        frames = enlarged(sheet)
+        iio.imwrite(draft / "overview.gif", frames, duration=1000 / FPS, loop=0)
+        iio.imwrite(draft / "overview.png", np.concatenate(frames[::4], 1))
+        content = {"prompt": result["prompt"], "names": result["names"], "fps": FPS}
+        for key in ("intrinsics", "extrinsics", "scale", "anchors", "given", "valid"):
+            content[key] = result[key].tolist()
+        content["points"] = (1000 * result["tracks"]).round().int().tolist()  # (V,N,K,3) mm
+        png = iio.imwrite("<bytes>", film_strip(sheet, len(frames)).numpy(), extension=".png")
+        content["sheet"] = "data:image/png;base64," + base64.b64encode(png).decode()
+        text = json.dumps(content).replace("<", "\\u003c")    # the prompt must not end the script
+        page = (SHIPPED.parent / "assets/viewer.html").read_text("utf-8").replace("__DATA__", text)
+        (draft / "viewer.html").write_text(page, encoding="utf-8")
+        for old in out.glob("*_view*.mp4"):                   # of a run that had more views
+            old.unlink()
+        for path in draft.iterdir():
+            path.replace(out / path.name)
 
 
 # -------------------------------------------------------------------------------------- evaluation
 
+OPEN, FULL, ONE = "DPA, no loop", "closed loop (full)", "one reference: "
+SINGLE, JOINT = "one view at a time", "joint motion (MJD), no DPA"
+ROWS = {SINGLE: {"axis": 1, "aligned": False}, JOINT: {"aligned": False}, OPEN: {"loop": False}}
+ROWS |= {"closed loop, the paper's guidance alone": {"carry": False}, FULL: {}}
+ROWS |= {ONE + OPEN: {"one": True, "loop": False}, ONE + FULL: {"one": True}}  # options of generate
+
+
 def matching_pixels(video, scene):
     """Tab. 1 and 3: how many patches (7 x 7 colours, every 2 pixels) of two views at one time are
     each other's nearest by cosine, over 0.7, and within 1.5 pixels of the other's epipolar line."""
-    views, _, frames, height, width = video.shape
+    frames, height, width = video.shape[2:]
     # Patches (V,N,P,D) less the mean of their clip, at length 1, or 0 where they are flat.
     centred = video - video.mean((2, 3, 4), keepdim=True)
     patches = F.unfold(rearrange(centred, "v c n h w -> (v n) c h w"), 7, stride=2).mT
-    rough = patches.std(-1, keepdim=True) > 0.1
-    patches = (F.normalize(patches, dim=-1) * rough).unflatten(0, (views, frames))
-    uv = pixel_centres((height - 6, width - 6))[::2, ::2].flatten(0, 1) + 3
-    pixel = F.pad(uv, (0, 1), value=1.0)                                      # (P,3)
-    inverse = torch.linalg.inv(scene["intrinsics"])
-    extrinsics = scene["extrinsics"]
-    counts = [torch.empty(0)]
-    for a, b in combinations(range(views), 2):
+    patches = patches * (patches.std(-1, keepdim=True) > 0.1)
+    patches = F.normalize(patches, dim=-1).unflatten(0, (-1, frames))
+    pixel = F.pad(track_grid((height - 6, width - 6), 2) + 2.5, (0, 1), value=1.0)    # (P,3)
+    turn = scene["extrinsics"][:, :3, :3].mT @ torch.linalg.inv(scene["intrinsics"])
+    rays, eyes = pixel @ turn.mT, camera_centres(scene["extrinsics"])         # (V,P,3), (V,3)
+    counts = []
+    for a, b in combinations(range(len(video)), 2):
         cosine = patches[a] @ patches[b].mT                                   # (N,P,P)
-        best, partner = cosine.max(2)                                         # (N,P)
-        mutual = cosine.argmax(1).gather(1, partner) == torch.arange(len(pixel))
-        # The ray of a pixel of a, seen by b, spans a plane with a's centre: in b's picture a line.
-        relative = extrinsics[b] @ torch.linalg.inv(extrinsics[a])
-        ray = pixel @ inverse[a].mT @ relative[:3, :3].mT                     # (P,3)
-        line = torch.linalg.cross(relative[:3, 3].expand_as(ray), ray) @ inverse[b]
-        distance = (pixel[partner] * line).sum(-1).abs() / line[:, :2].norm(dim=-1)
-        good = mutual & (best > 0.7) & (distance < 1.5)
-        counts.append(good.sum(1).float())
-    return torch.cat(counts).mean()
+        mutual = (cosine == cosine.amax(1, True)) & (cosine == cosine.amax(2, True))
+        # A ray of a and the centre of b span a plane: in b's picture a line.
+        line = torch.linalg.cross(rays[a], (eyes[a] - eyes[b])[None]) @ turn[b]
+        distance = (line @ pixel.mT).abs() / line[:, :2].norm(dim=1, keepdim=True)
+        good = mutual & (cosine > 0.7) & (distance < 1.5)
+        counts.append(good.sum() / frames)
+    return torch.tensor(counts).mean()
 
 
-def gradient(video):
-    """Length of the colour gradient of a video (V,3,N,H,W): (V,N,H-1,W-1)."""
-    across = video[..., 1:, 1:] - video[..., 1:, :-1]
-    down = video[..., 1:, 1:] - video[..., :-1, 1:]
-    return (across.square() + down.square()).sum(1).sqrt()
-
-
-def cross_view_errors(tracks, seen, scene):
-    """Relative errors |(p - q) - (p* - q*)| / |p*| in camera b, of a track p of view a and b's own
-    track q of what is truly nearest in frame 0, within 1 cm; where both are seen (V,N,K)."""
-    truth, eyes = scene["tracks"], camera_centres(scene["extrinsics"])
-    wrong = tracks - truth                                                    # (V,N,K,3)
-    found = [torch.empty(0)]
-    for a, b in permutations(range(len(tracks)), 2):
-        gap, near = torch.cdist(truth[a, 0], truth[b, 0]).min(1)              # (K,)
-        error = (wrong[a] - wrong[b][:, near]).norm(dim=-1)                   # (N,K)
-        distance = (truth[a] - eyes[b]).norm(dim=-1).clamp_min(0.01)
-        both = seen[a] & seen[b][:, near] & (gap < 0.01)
-        found.append((error / distance)[both])
-    return torch.cat(found)
-
-
-def scores(video, tracks, valid, scene):
+def scores(result, scene):
     """Metrics of a scene's video (V,3,N,H,W) and tracks (V,N,K,3): of visible points after frame 0
-    whose track was found (valid (V,N,K)), metric, not aligned. RPE: mean |p - p*| / |p*| in %, p*
-    in the view's camera; PI: share under 0.25; sharpness: mean gradient over the truth's."""
-    truth, points = scene["video"], scene["tracks"]
+    whose track was found. RPE: mean |p - p*| / |p*| in %, p* in the camera, not aligned; PI: share
+    under 0.25; across views |(p - q) - (p* - q*)| / |p*| in camera b, of a track p of view a and
+    b's own track q of what is truly nearest in frame 0, within 1 cm."""
+    video, truth, points = result["video"], scene["video"], scene["tracks"]
     moving = (truth - truth[:, :, :1]).abs().amax(1) > 0.1
     moving &= scene["pseudo"][:, 2] > 2 * FOREGROUND_THRESHOLD - 1
-    moving = moving[..., 1:, 1:]
-    seen = scene["visible"] & valid.any(1, keepdim=True)
+    both = torch.stack([video, truth])                                        # (2,V,3,N,H,W)
+    across = both.diff(dim=-1)[..., 1:, :].square()
+    down = both.diff(dim=-2)[..., 1:].square()
+    slope = (across + down).sum(2).sqrt()[:, moving[..., 1:, 1:]].mean(1)     # (2,)
+    seen = scene["visible"] & result["valid"].any(1, keepdim=True)
     seen[:, 0] = False                                                        # frame 0 is given
-    hands = seen
-    if "part" in scene:                                                       # TACO tells no parts
-        hands = seen & (scene["part"] != 3)[:, None]
-    error = (tracks - points).norm(dim=-1)                                    # (V,N,K)
+    hands = seen & (scene.get("part", torch.zeros(1, 1)) != 3)[:, None]       # TACO tells no parts
+    wrong = result["tracks"] - points                                         # (V,N,K,3)
+    error = wrong.norm(dim=-1)
     eyes = camera_centres(scene["extrinsics"])[:, None, None]
-    distance = (points - eyes).norm(dim=-1).clamp_min(0.01)
-    relative = (error / distance)[seen]
+    relative = (error / (points - eyes).norm(dim=-1))[seen]
+    differences = [torch.empty(0)]
+    for a, b in permutations(range(len(points)), 2):
+        gap, near = torch.cdist(points[a, 0], points[b, 0]).min(1)            # (K,)
+        apart = (wrong[a] - wrong[b][:, near]).norm(dim=-1)                   # (N,K)
+        distance = (points[a] - eyes[b]).norm(dim=-1)
+        there = seen[a] & seen[b][:, near] & (gap < 0.01)
+        differences.append((apart / distance)[there])
     found = {"psnr_moving": moving_psnr(video, truth)}
-    found["sharpness"] = gradient(video)[moving].mean() / gradient(truth)[moving].mean()
+    found["sharpness"] = slope[0] / slope[1]
     found["matching_pixels"] = matching_pixels(video, scene)
     found["rpe"] = 100 * relative.mean()
-    found["mv_rpe"] = 100 * cross_view_errors(tracks, seen, scene).mean()
+    found["mv_rpe"] = 100 * torch.cat(differences).mean()
     found["pi"] = 100 * (relative < 0.25).float().mean()
     found["tracks_cm"] = 100 * error[seen].mean()
     found["hands_tool_cm"] = 100 * error[hands].mean()
-    return {key: float(value) for key, value in found.items()}
-
-
-OPEN, FULL, ONE = "DPA, no loop", "closed loop (full)", "one reference: "
-SINGLE, JOINT = "one view at a time", "joint motion (MJD), no DPA"
-ROWS = {SINGLE: dict(aligned=False), JOINT: dict(aligned=False), OPEN: dict(loop=False),
-        "closed loop, the paper's guidance alone": dict(carry=False), FULL: {},
-        ONE + OPEN: dict(loop=False), ONE + FULL: {}}                         # options of sample()
+    return found
 
 
 def made(models, scene, name, options):
-    """A scene made as a row says: video (V,3,N,H,W), tracks (V,N,K,3), valid (V,N,K)."""
-    video, tracks, valid = scene["video"], scene["tracks"], scene["visible"]
-    if name == "baseline":
-        return video[:, :, :1].expand_as(video), tracks[:, :1].expand_as(tracks), valid
-    axis = 1 if name == SINGLE else 0                 # V samples of one view, or one of V views
-    batch = {key: value.unsqueeze(axis).to(models.device)
-             for key, value in scene.items() if key != "prompt"}
-    cameras = batch["intrinsics"], batch["extrinsics"]
-    if name == "ceiling":
-        video = models.vae.decode(models.vae.encode(batch["video"]))
-        motion = models.vae.encode(batch["pseudo"], "motion")
-        tracks, valid = read_tracks(models, motion, batch["scale"], cameras)
-    else:
-        first = batch["video"][:, :, :, 0]
-        given = torch.ones(first.shape[:2], dtype=torch.bool, device=models.device)
-        if name.startswith(ONE):
-            given[:] = False
-            given[:, len(video) // 2] = True
-        prompts = len(first) * [scene["prompt"]]
-        options = options | ROWS[name]
-        state, video = last_state(models, first, given, prompts, cameras, **options)
-        tracks, valid = state.tracks, state.valid
-    return [x.flatten(0, 1).cpu() for x in (video, tracks, valid)]
+    """What a row makes of a scene: video (V,3,N,H,W), tracks (V,N,K,3), valid (V,N,K)."""
+    if name == "baseline":                            # frame 0 repeated, nothing moves
+        still = [0] * scene["video"].shape[2]
+        video, tracks = scene["video"][:, :, still], scene["tracks"][:, still]
+        return {"video": video, "tracks": tracks, "valid": scene["visible"]}
+    if name == "ceiling":                             # the VAE's round trip
+        keys = "video", "pseudo", "scale", "intrinsics", "extrinsics"
+        video, pseudo, scale, *cameras = [scene[key][None].to(models.device) for key in keys]
+        video = models.vae.decode(models.vae.encode(video))[0]
+        tracks, valid = read_tracks(models, models.vae.encode(pseudo, "motion"), scale, cameras)
+        return {"video": video.cpu(), "tracks": tracks[0].cpu(), "valid": valid[0].cpu()}
+    return generate(models, scene, **options | ROWS[name])
 
 
 def action_trials(models, options, dataset, index):
-    """Scene `index` under every action that the world knows for its tool and target, from one first
-    frame: whether the nearest true tracks are those of the prompted action, and the chance."""
+    """From one first frame, for every action known for it: are its own true tracks the nearest?"""
     tool, _, target = dataset[index]["prompt"][1:-1].split(", ")
     scenes = [dataset.scene(index, action) for action in dataset.actions(tool, target)]
-    trials = []
     for number, scene in enumerate(scenes):
-        _, tracks, valid = made(models, scene, JOINT, options)
+        result = made(models, scene, JOINT, options)
         errors = []
         for other in scenes:
-            seen = other["visible"] & valid.any(1, keepdim=True)
-            error = (tracks - other["tracks"]).norm(dim=-1)
-            errors.append(error[seen].mean().item())
-        hit = np.argmin(errors) == number
-        trials.append(dict(accuracy=hit, chance=1 / len(scenes)))
-    return trials
+            seen = other["visible"] & result["valid"].any(1, keepdim=True)
+            error = (result["tracks"] - other["tracks"]).norm(dim=-1)
+            errors.append(error[seen].mean())
+        yield {"accuracy": np.argmin(errors) == number, "chance": 1 / len(scenes)}
 
 
-def summary(rows):
-    """Means of dicts and, as KEY_ci, half the widths of their 95 % intervals; None: not known."""
+def summary(rows, less=None):
+    """Means of dicts (less others) and, as KEY_ci, half their 95 % intervals; None: not known."""
     row = {}
     for key in rows[0] if rows else ():
         values = np.array([each[key] for each in rows], float)
+        if less:
+            values -= [each[key] for each in less]
         values = values[np.isfinite(values)]
         count = len(values)
         row[key] = round(values.mean(), 4) if count else None
@@ -407,52 +305,39 @@ def summary(rows):
     return row
 
 
-@torch.no_grad()
 def evaluate(models, settings):
     """--eval: all scores of a split, printed, and kept in the JSON file beside other splits'."""
+    split, source = settings.split, models.config["data"]
+    if settings.data != source:
+        raise ValueError(f"--data: expected {source}, as in training, got {settings.data}")
     shape = {key: models.config[key] for key in ("size", "frames", "views", "stride")}
-    if settings.data != models.config["data"]:
-        raise ValueError(f"--data: expected {models.config['data']}, which these weights learned "
-                         f"from, got {settings.data}: measure them there")
-    if settings.data == "taco":
-        if not (settings.data_root and settings.mano_dir):
-            raise ValueError("--data taco: expected --data-root and --mano-dir: see README, TACO")
-        dataset = TACO(settings.data_root, settings.mano_dir, settings.split, **shape)
-    else:
-        dataset = SyntheticHOI(settings.split, **shape)
-    found = {name: [] for name in [*ROWS, "ceiling", "baseline"]}
+    folders = settings.data_root, settings.mano_dir
+    dataset = TACO(*folders, split, **shape) if source == "taco" else SyntheticHOI(split, **shape)
+    found = {name: [] for name in [*ROWS, "baseline", "ceiling"]}
     trials = []
-    count = min(settings.scenes, len(dataset))
-    for index in range(count):
+    for index in range(min(settings.scenes, len(dataset))):
         scene = dataset[index]
         options = settings.options | {"seed": settings.seed + index}
         for name, rows in found.items():
-            results = made(models, scene, name, options)
-            rows.append(scores(*results, scene))
-        if settings.data == "synthetic":
+            rows.append(scores(made(models, scene, name, options), scene))
+        if source == "synthetic":
             trials += action_trials(models, options, dataset, index)
-        print(f"{settings.split}: {index + 1} of {count} scenes", flush=True)
-    report = dict(scenes=count, trained=models.config["trained"], **settings.options)
+        print(split, "scene", index, "done", flush=True)
+    report = dict(scenes=len(found[FULL]), trained=models.config["trained"], **settings.options)
     report["ablation"] = [{"name": name} | summary(found[name]) for name in ROWS]
-    report["baseline"] = summary(found["baseline"])
-    report["ceiling"] = summary(found["ceiling"])
+    report |= {name: summary(found[name]) for name in ("baseline", "ceiling")}
     report["action_accuracy"] = summary(trials) | {"trials": len(trials)}
     report["loop_gain"] = {}
     for name in (FULL, ONE + FULL):
-        pairs = zip(found[name], found[name.replace(FULL, OPEN)])
-        gains = [{key: closed[key] - opened[key] for key in closed} for closed, opened in pairs]
-        report["loop_gain"][name] = summary(gains)
+        report["loop_gain"][name] = summary(found[name], found[name.replace(FULL, OPEN)])
     print(json.dumps(report, indent=1))
     if settings.json:
-        kept = json.loads(settings.json.read_text()) if settings.json.exists() else {}
-        draft = settings.json.with_suffix(".new")
-        draft.write_text(json.dumps(kept | {settings.split: report}, indent=1))
-        draft.replace(settings.json)
+        kept = json.loads(settings.json.read_bytes()) if settings.json.exists() else {}
+        settings.json.write_text(json.dumps(kept | {split: report}, indent=1))
 
 
-def run(arguments=None):
-    """Runs the command line."""
-    settings = parse(arguments)
+def run(settings):
+    """Does what the command line asks for."""
     models = load_models(settings.weights, pick_device(settings.device))
     Attention.fused = models.device.type == "cuda"
     if settings.print_cameras:
@@ -463,17 +348,21 @@ def run(arguments=None):
         settings.out.mkdir(parents=True, exist_ok=True)             # before the work, not after it
         known = [f"<{tool}, {action}, {target}>" for action, tool, target in TRIPLETS]
         if models.config["data"] == "synthetic" and settings.prompt not in known:
-            print(f"note: {settings.prompt} is not a <tool, action, target> that the world knows")
-        mp4 = can_write_mp4()
+            print("note: not a <tool, action, target> that the world knows:", settings.prompt)
+        try:
+            command = [imageio_ffmpeg.get_ffmpeg_exe(), "-encoders"]
+            mp4 = b"libx264" in subprocess.run(command, capture_output=True).stdout
+        except (OSError, RuntimeError):
+            mp4 = False
         if not mp4:
             print("no mp4: expected ffmpeg with x264, found none: pip install imageio[ffmpeg]")
-        write_results(generate(models, settings), settings.out, mp4)
-        print(f"wrote everything into {settings.out}")
+        write_results(answer(models, settings), settings.out, mp4)
+        print("wrote everything into", settings.out)
 
 
 def main(arguments=None):
     """Runs the command line; returns the exit code."""
-    return run_program("sample.py", lambda: run(arguments))
+    return run_program("sample.py", lambda: run(parse(arguments)))
 
 
 if __name__ == "__main__":

@@ -5,22 +5,20 @@
     python train.py --stage all --resume          # go on where a stopped run was
     torchrun --nproc_per_node=8 train.py --preset taco --data taco ...         # sharded (FSDP2)
 
-Stages: vae (frozen afterwards), base (single-view MJD, no loop), dpa (DPA on the MJD's estimates),
-joint (Alg. 1: everything, all views, closed loop). A run folder holds checkpoint.pt (to resume),
-weights.pt (averaged weights in bf16, for sample.py), log.jsonl and held-out samples val_*.png.
+Stages: vae (then frozen), base (single-view MJD, no loop), dpa (on the MJD's estimates), joint
+(Alg. 1). A run folder has checkpoint.pt, weights.pt for sample.py, log.jsonl and samples val_*.png.
 """
 
 import argparse
 import copy
-import importlib
 import json
 import math
 import os
+import pkgutil
 import shutil
 import signal
 import threading
 import time
-from pathlib import Path
 
 import imageio.v3 as iio
 import torch
@@ -32,40 +30,35 @@ from torch.utils.data import DataLoader
 from cycle import (SHIPPED, Models, fold, joint_losses, load_models, moving_psnr, pick_device,
                    positive, run_program, sample, single_views, use_bf16, user_path)
 from data import FOREGROUND_THRESHOLD, TACO, SyntheticHOI, camera_rig, film_strip
-from mjd import PATCH, Attention, count_parameters
+from mjd import Attention
 
 STAGES = {"vae": ["vae"], "base": ["mjd"], "dpa": ["dpa"], "joint": ["mjd", "dpa"]}   # trains what
 LOG_EVERY, SAVE_EVERY = 20, 200      # steps
-LOOP_SHARE, SINGLE_VIEW_SHARE, TEXT_DROPOUT = 0.5, 0.15, 0.1    # of joint steps twice, of prompts
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of processes
+LOOP_SHARE, SINGLE_VIEW_SHARE, TEXT_DROPOUT = 0.65, 0.15, 0.1   # of joint steps twice, of prompts
+RANK = int(os.environ.get("RANK", 0))                # this process, of WORLD that torchrun starts
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
-STOP = threading.Event()      # set by Ctrl-C
 
-# Sizes of pictures and networks, scenes a step, distinct scenes (0: no limit), peak learning rates,
-# and how long each stage takes: minutes (the hour of two CPU cores) or steps.
-PRESETS = {
-    "tiny": dict(
-        size=(32, 48), frames=5, views=2, stride=4, batch=2, scenes=16,
-        compile=False, checkpointing=False, rates=dict(vae=1e-3, mjd=1e-3, dpa=3e-3),
-        unit="steps", lengths=dict(vae=40, base=40, dpa=40, joint=40),
-        vae=dict(strides=(4, 8, 8), channels=8, widths=(16, 32), depth=1),
-        mjd=dict(dim=64, heads=2, depth=2, hidden=128, text_tokens=16),
-        dpa=dict(dim=32, depth=2, heads=2, patch=32)),
-    "small": dict(
-        size=(64, 96), frames=13, views=3, stride=4, batch=4, scenes=800,
-        compile=True, checkpointing=False, rates=dict(vae=1e-3, mjd=8e-4, dpa=2e-3),
-        unit="minutes", lengths=dict(vae=10, base=12, dpa=4, joint=30),
-        vae=dict(strides=(4, 8, 8), channels=96, widths=(96, 144), depth=2),
-        mjd=dict(dim=320, heads=5, depth=6, hidden=832, text_tokens=16),
-        dpa=dict(dim=96, depth=3, heads=2, patch=128)),
-    "taco": dict(
-        size=(256, 384), frames=25, views=3, stride=8, batch=1, scenes=0,
-        compile=True, checkpointing=True, rates=dict(vae=5e-4, mjd=2e-4, dpa=5e-4),
-        unit="steps", lengths=dict(vae=50_000, base=40_000, dpa=20_000, joint=60_000),
-        vae=dict(strides=(4, 8, 8), channels=48, widths=(128, 256), depth=3),
-        mjd=dict(dim=768, heads=12, depth=16, hidden=3072, text_tokens=16),
-        dpa=dict(dim=192, depth=6, heads=6, patch=128)),
-}
+# Sizes, distinct scenes (0: no limit), peak rates and lengths of stages (the hour of two CPU cores)
+TINY = dict(size=(32, 48), frames=5, views=2, stride=4, batch=2, scenes=16, compile=False,
+            checkpointing=False, rates=dict(vae=1e-3, mjd=1e-3, dpa=3e-3), unit="steps",
+            lengths=dict(vae=40, base=40, dpa=40, joint=40),
+            vae=dict(strides=(4, 8, 8), channels=8, widths=(16, 32), depth=1),
+            mjd=dict(dim=64, heads=2, depth=2, hidden=128, text_tokens=16),
+            dpa=dict(dim=32, depth=2, heads=2, patch=32))
+SMALL = dict(size=(64, 96), frames=13, views=3, stride=4, batch=4, scenes=800, compile=True,
+             checkpointing=False, rates=dict(vae=1e-3, mjd=8e-4, dpa=2e-3), unit="minutes",
+             lengths=dict(vae=10, base=12, dpa=4, joint=30),
+             vae=dict(strides=(4, 8, 8), channels=96, widths=(96, 144), depth=2),
+             mjd=dict(dim=320, heads=5, depth=6, hidden=832, text_tokens=16),
+             dpa=dict(dim=96, depth=3, heads=2, patch=128))
+LARGE = dict(size=(256, 384), frames=25, views=3, stride=8, batch=1, scenes=0, compile=True,
+             checkpointing=True, rates=dict(vae=5e-4, mjd=2e-4, dpa=5e-4), unit="steps",
+             lengths=dict(vae=50_000, base=40_000, dpa=20_000, joint=60_000),
+             vae=dict(strides=(4, 8, 8), channels=48, widths=(128, 256), depth=3),
+             mjd=dict(dim=768, heads=12, depth=16, hidden=3072, text_tokens=16),
+             dpa=dict(dim=192, depth=6, heads=6, patch=128))
+PRESETS = dict(tiny=TINY, small=SMALL, taco=LARGE)
 
 
 def parse(arguments=None):
@@ -75,14 +68,14 @@ def parse(arguments=None):
     add("--stage", default="joint", choices=(*STAGES, "all"), help="all: one after the other")
     add("--preset", default="small", choices=tuple(PRESETS), help="sizes of networks and pictures")
     add("--data", default="synthetic", help="synthetic, taco, or MODULE:CLASS of your own Dataset")
-    add("--data-root", type=user_path, help="folder of the TACO data set")
-    add("--mano-dir", type=user_path, help="folder of MANO_LEFT.pkl and MANO_RIGHT.pkl")
-    add("--size", type=picture_size, help="HxW (low to high resolution on the same weights)")
-    add("--views", type=positive, help="cameras")
-    add("--frames", type=positive, help="frames, 1 + a multiple of 4")
+    add("--data-root", default="TACO", type=user_path, help="folder of the TACO data set")
+    add("--mano-dir", default="MANO", type=user_path, help="of MANO_LEFT.pkl and MANO_RIGHT.pkl")
+    add("--size", type=lambda text: tuple(map(int, text.split("x"))), help="HxW, multiples of 16")
+    add("--views", type=int, help="cameras")
+    add("--frames", type=int, help="frames, 1 + a multiple of 4")
     add("--steps", type=positive, help="of each stage, in place of the preset's length")
     add("--minutes", type=positive, help="of the whole command, shared among its stages")
-    add("--batch", type=positive, help="scenes a step and process")
+    add("--batch", type=int, help="scenes a step and process")
     add("--rate", type=positive, help="peak learning rate")
     add("--out", type=user_path, help="run folder, default runs/PRESET")
     add("--resume", action="store_true", help="go on from checkpoint.pt of the run folder")
@@ -94,19 +87,16 @@ def parse(arguments=None):
     add("--workers", type=int, default=1, help="processes that prepare data")
     add("--fused", action=switch, default=torch.cuda.is_available(), help="torch's attention")
     add("--compile", action=switch, help="torch.compile the MJD's blocks; default: not for tiny")
+    preset = parser.parse_known_args(arguments)[0].preset
+    parser.set_defaults(out=f"runs/{preset}", **PRESETS[preset])
     settings = parser.parse_args(arguments)
-    for name, value in PRESETS[settings.preset].items():
-        if getattr(settings, name, None) is None:
-            setattr(settings, name, value)
-    for name in ("views", "frames", "batch", "scenes", "seed", "workers"):
-        value = getattr(settings, name)
-        if not isinstance(value, int) or not 0 <= value < 2 ** 32:
-            parser.error(f"--{name}: expected a whole number, got {value}")
-    if settings.data == "taco" and not (settings.data_root and settings.mano_dir):
-        parser.error("--data taco: expected --data-root and --mano-dir: see README, TACO")
-    settings.out = settings.out or Path("runs") / settings.preset
-    if settings.data == "synthetic" and settings.scenes:
-        settings.cache = settings.cache or settings.out / "scenes"
+    if min(settings.views, settings.batch, settings.scenes + 1, settings.workers + 1) < 1:
+        parser.error("expected --views, --batch from 1 and --scenes, --workers from 0")
+    if [side % 16 for side in settings.size] != [0, 0]:
+        parser.error("--size: expected HxW, both multiples of 16")
+    if settings.data == "synthetic" and settings.scenes and not settings.cache:
+        settings.cache = settings.out / "scenes"
+    settings.shape = {name: vars(settings)[name] for name in ("size", "frames", "views", "stride")}
     settings.stages = list(STAGES) if settings.stage == "all" else [settings.stage]
     if settings.steps:
         settings.unit, settings.lengths = "steps", dict.fromkeys(STAGES, settings.steps)
@@ -117,83 +107,55 @@ def parse(arguments=None):
     return settings
 
 
-def picture_size(text):
-    """HxW -> (H, W), multiples of a token's side."""
-    height, width = map(int, text.lower().split("x"))
-    if min(height, width) < 1 or height % (8 * PATCH) or width % (8 * PATCH):
-        raise argparse.ArgumentTypeError(f"expected multiples of {8 * PATCH}, got {text}")
-    return height, width
-
-
-# ------------------------------------------------------------------------------ data and losses
-
 def make_dataset(settings, split):
-    """The data set of a run."""
-    names = "size", "frames", "views", "stride", "seed", "cache"
-    shape = {name: getattr(settings, name) for name in names}
+    """The data set of a run; one's own is refused where its first sample is unlike the world's."""
+    shape = settings.shape | dict(seed=settings.seed, cache=settings.cache)
     if settings.data == "synthetic":
         return SyntheticHOI(split, length=settings.scenes if split == "train" else None, **shape)
     if settings.data == "taco":
         return TACO(settings.data_root, settings.mano_dir, split, **shape)
-    module, _, name = settings.data.partition(":")
     try:
-        return getattr(importlib.import_module(module), name)(split, **shape)
+        dataset = pkgutil.resolve_name(settings.data)(split, **shape)
     except (ImportError, AttributeError, TypeError) as error:
-        raise ValueError(f"--data: expected synthetic, taco or MODULE:CLASS whose class takes "
-                         f"(split, {', '.join(shape)}), got {settings.data} ({error})") from None
-
-
-def check_sample(sample, example):
-    """ValueError that names the first key of a sample that is unlike one of the world's."""
+        raise ValueError(f"--data: expected synthetic, taco or MODULE:CLASS (see README): {error}")
+    example = SyntheticHOI("val", **shape)[0]
+    own = dataset[0]
+    if not isinstance(own.get("prompt"), str):
+        raise ValueError("--data: expected prompt, a str, in each sample")
     for key in ("video", "pseudo", "scale", "tracks", "visible", "intrinsics", "extrinsics"):
-        wanted, found = example[key], torch.as_tensor(sample.get(key, torch.nan))
-        fits = found.shape == wanted.shape and found.dtype == wanted.dtype
-        if key in ("video", "pseudo"):
-            fits = fits and -1.001 < found.min() < -0.2 and found.max() < 1.001
-        if not fits or not found.isfinite().all():
-            raise ValueError(f"--data: expected {key} {tuple(wanted.shape)}, {wanted.dtype}, "
-                             f"finite, videos in [-1,1], got {tuple(found.shape)}, {found.dtype}, "
-                             f"{found.min():.2f} to {found.max():.2f}")
-    if not isinstance(sample.get("prompt"), str):
-        raise ValueError(f"--data: expected prompt, a str, got {sample.get('prompt')!r}")
+        found = torch.as_tensor(own.get(key, torch.nan))
+        wanted, got = [f"{key}: {x.dtype} {tuple(x.shape)}" for x in (example[key], found)]
+        low, high = found.min(), found.max()
+        inside = key not in ("video", "pseudo") or -1.001 < low < -0.2 and high < 1.001
+        if got != wanted or not inside or not found.isfinite().all():
+            got += f", {low:.2f} to {high:.2f}"
+            raise ValueError(f"--data: expected {wanted}, finite, videos in [-1,1], got {got}")
+    return dataset
 
 
-def batches(dataset, count, seed=0, step=0, workers=0):
+def batches(dataset, count, seed=0, device="cpu", step=0, workers=0):
     """Endless batches of `count` samples, of seed and step alone: a resumed run sees the same."""
-    def order(step):
-        while True:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-            yield torch.randint(len(dataset), (count,), generator=generator).tolist()
-            step += 1
+    seeded = map(torch.Generator().manual_seed, range(seed * 1_000_003 + step, 2 ** 62))
+    order = (torch.randint(len(dataset), (count,), generator=dice).tolist() for dice in seeded)
     try:
-        yield from DataLoader(dataset, batch_sampler=order(step), num_workers=workers,
-                              generator=torch.Generator())
+        for batch in DataLoader(dataset, batch_sampler=order, num_workers=workers):
+            yield {key: x if key == "prompt" else x.to(device) for key, x in batch.items()}
     except RuntimeError as error:
-        if workers == 0:
-            raise
-        raise ValueError("a worker process stopped: in Docker give --shm-size=2g, or use "
-                         f"--workers 0 ({error})") from None
+        raise ValueError(f"data (worker died? use --workers 0 or Docker's --shm-size=2g): {error}")
 
 
-def to_device(batch, device):
-    """The sample dict with its tensors on the device."""
-    return {key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-            for key, value in batch.items()}
-
-
-def vae_losses(vae, batch, foreground_weight=4.0):
-    """Reconstruction (L1 + squared, foreground counts more) of colour and pseudo videos, and KL."""
+def vae_losses(vae, batch):
+    """Reconstruction (L1 + squared, foreground counts fourfold) of both kinds of video, and KL."""
     videos = torch.stack([batch["video"], batch["pseudo"]], 2)                # (B,V,2,3,N,H,W)
     foreground = (batch["pseudo"][:, :, 2:] + 1) / 2 > FOREGROUND_THRESHOLD   # (B,V,1,N,H,W)
-    weight = 1 + (foreground_weight - 1) * foreground.float()
-    weight = (weight / weight.mean())[:, :, None].expand_as(videos).flatten(0, 2)
-    videos = videos.flatten(0, 2)                                             # (B V 2,3,N,H,W)
-    mean, log_variance = [moment.float() for moment in vae.moments(videos)]
-    latents = mean + (log_variance / 2).exp() * torch.randn_like(mean)
-    error = vae.reconstruct(latents).float() - videos
+    weight = 1 + 3 * foreground.float()
+    weight = (weight / weight.mean())[:, :, None]                             # (B,V,1,1,N,H,W)
+    mean, log_variance = [moment.float() for moment in vae.moments(videos.flatten(0, 2))]
+    latents = mean + (log_variance / 2).exp() * torch.randn_like(mean)        # (B V 2,C,n,h,w)
+    error = vae.reconstruct(latents).float().view_as(videos) - videos
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    return {"l1": (weight * error.abs()).mean(), "l2": 4 * (weight * error.square()).mean(),
-            "kl": 1e-5 * kl}
+    l1, l2 = (weight * error.abs()).mean(), (weight * error.square()).mean()
+    return {"l1": l1, "l2": 4 * l2, "kl": 1e-5 * kl}
 
 
 def stage_losses(stage, models, batch):
@@ -209,8 +171,8 @@ def stage_losses(stage, models, batch):
     given = rank < torch.randint(1, 1 + shape[1], (shape[0], 1))
     heard = torch.rand(shape[0]) > TEXT_DROPOUT
     batch["prompt"] = [prompt if hears else "" for prompt, hears in zip(batch["prompt"], heard)]
-    return joint_losses(models, batch, given.to(models.device), aligned=stage != "base",
-                        loop=stage == "joint" and loop < LOOP_SHARE)
+    loop = stage == "joint" and loop < LOOP_SHARE
+    return joint_losses(models, batch, given.to(models.device), loop, aligned=stage != "base")
 
 
 def of_first(numbers):
@@ -224,76 +186,51 @@ def load(settings):
     """Models from the run folder, else the shipped weights, else new, and which they are."""
     checkpoint, source = settings.out / "checkpoint.pt", SHIPPED / f"{settings.preset}.pt"
     if settings.stage == "all" and checkpoint.exists() and not settings.resume:
-        raise ValueError(f"--stage all: expected a new run folder, found {checkpoint}: give "
-                         "--resume to go on with it, or another --out")
-    fixed = "stride", "vae", "mjd", "dpa"
-    names = "size", "frames", "views", "data", *fixed
-    config = {name: getattr(settings, name) for name in names}
+        raise ValueError(f"--stage all: found {checkpoint}: give --resume, or another --out")
+    networks = {name: getattr(settings, name) for name in ("vae", "mjd", "dpa")}
     if settings.resume or checkpoint.exists():
         source = checkpoint
     elif not source.exists() or settings.stages[0] == "vae":
-        return Models(config | dict(path="flow", trained=[])), "new weights"
+        return Models(networks | dict(path="flow", trained=[])), "new weights"
     models = load_models(source)                        # the average
-    for name in fixed:
-        if models.config[name] != config[name]:
-            raise ValueError(f"--preset {settings.preset}: {source} was made with another {name}: "
-                             "give another --out")
-    models.config |= config
+    if models.config | networks != models.config:
+        raise ValueError(f"{source} is not of this --preset: give another --out")
     return models, source
 
 
-@torch.no_grad()
 def measure(models, dataset, settings):
-    """What networks that are new to some data reckon from: the VAE's principal components, the
-    typical scale, the scene's centre; and the rig of cameras to sample with."""
+    """What networks that are new to some data reckon from, and the cameras to sample with."""
     config, views = models.config, settings.views
-    batch = to_device(next(batches(dataset, 16)), models.device)     # the same in all processes
+    batch = next(batches(dataset, 16))                               # the same in all processes
     if settings.stages[0] == "vae" and not config["trained"]:
         models.vae.init_from(torch.cat([fold(batch["video"]), fold(batch["pseudo"])]))
-    if all(entry["data"] != settings.data for entry in config["trained"]):
+    if config.get("data") != settings.data:
         models.mjd.scale_centre.copy_(batch["scale"].nanmean((0, 1)))
         models.dpa.scene_centre.copy_(batch["tracks"][batch["visible"]].nanmean(0))
     cameras = batch["intrinsics"][0], batch["extrinsics"][0]
     if settings.data == "synthetic":
         cameras = camera_rig(views, settings.size)
     names = ["left", "centre", "right"] if views == 3 else [f"view {v}" for v in range(views)]
-    rows = zip(names, *(matrices.tolist() for matrices in cameras))
-    config["rig"] = dict(size=list(settings.size), views=[
-        dict(name=name, intrinsics=lens, extrinsics=pose) for name, lens, pose in rows])
-
-
-def shard(models):
-    """FSDP2: each process keeps its part of the weights, block by block."""
-    mesh = dist.device_mesh.init_device_mesh(models.device.type, (WORLD,))
-    for part in (*models.mjd.blocks, *models.dpa.blocks, models.vae, models.mjd, models.dpa):
-        fully_shard(part, mesh=mesh, reshard_after_forward=True)
-    for method in ("moments", "reconstruct"):
-        register_fsdp_forward_method(models.vae, method)
+    rows = zip(names, *[matrices.tolist() for matrices in cameras])
+    rig = [dict(name=name, intrinsics=lens, extrinsics=pose) for name, lens, pose in rows]
+    config |= settings.shape | dict(data=settings.data, rig=dict(size=settings.size, views=rig))
 
 
 def save(settings, models, averaged, optimiser, stage, step, spent):
-    """checkpoint.pt and weights.pt, the same whatever the number of processes."""
+    """checkpoint.pt and weights.pt, each whole or not at all, the same from many processes."""
     models.config["trained"][-1] |= dict(steps=step, minutes=round(spent / 60, 1))
-    state = dict(config=models.config, stage=stage, step=step, spent=spent)
-    state["weights"] = dcp.get_model_state_dict(models, options=WHOLE)
-    state["average"] = dcp.get_model_state_dict(averaged, options=WHOLE)
-    state["optimiser"] = dcp.get_optimizer_state_dict(models, optimiser, options=WHOLE)
-    if RANK == 0:
-        half = {key: x.bfloat16() if x.ndim > 1 else x for key, x in state["average"].items()}
-        write_atomically(settings.out / "checkpoint.pt", state)
-        write_atomically(settings.out / "weights.pt", dict(config=models.config, average=half))
-
-
-def write_atomically(path, state):
-    """torch.save under another name, then renamed: a file is old or new, never half."""
-    draft = path.with_suffix(".new")
-    try:
-        torch.save(state, draft)
-        os.replace(draft, path)
-    except (OSError, RuntimeError) as error:
-        draft.unlink(missing_ok=True)
-        raise OSError(f"could not write {path} ({error}): free some space or give another --out; "
-                      "the file from before is untouched") from None
+    average = dcp.get_model_state_dict(averaged, options=WHOLE)
+    half = {key: x.bfloat16() if x.ndim > 1 else x for key, x in average.items()}
+    state = dict(config=models.config, average=average, stage=stage, step=step, spent=spent)
+    state["weights"], state["optimiser"] = dcp.get_state_dict(models, optimiser, options=WHOLE)
+    files = {"checkpoint.pt": state, "weights.pt": dict(config=models.config, average=half)}
+    for name, content in files.items() if RANK == 0 else ():
+        draft = settings.out / f"{name}.new"
+        try:
+            torch.save(content, draft)
+        except RuntimeError as error:                             # a full disk, mostly
+            raise OSError(f"could not write {name}, the old one is untouched: {error}")
+        draft.replace(settings.out / name)
 
 
 def report(settings, stage, step, record, title=""):
@@ -305,25 +242,11 @@ def report(settings, stage, step, record, title=""):
             file.write(json.dumps({"stage": stage, "step": step, **record}) + "\n")
 
 
-# ------------------------------------------------------------------------------------ the stages
-
-def check_finite(stage, step, parts, batch):
-    """Stops before the step that would spoil the weights, and says what is to blame."""
-    tensors = [key for key in batch if torch.is_tensor(batch[key])]
-    spoiled = [key for key in tensors if not batch[key].isfinite().all()]
-    blame = f"the data has NaN in {', '.join(spoiled)}" if spoiled else "try a lower --rate"
-    found = ", ".join(f"{key} {value.item():.3g}" for key, value in parts.items())
-    if not all(map(torch.isfinite, parts.values())):
-        raise ValueError(f"{stage} step {step}: expected finite numbers, got {found}: {blame}; "
-                         "checkpoint.pt, if any, is the last good state")
-
-
 def train_stage(stage, settings, models, averaged, dataset, saved):
     """One stage to its end or to Ctrl-C: whether it came to its end."""
+    device = models.device
     for name, network in models.named_children():
-        network.requires_grad_(name in STAGES[stage]).train(name in STAGES[stage])
-    # Half the rate for two networks, since they are trained already
-    peaks = [settings.rate or settings.rates[name] / len(STAGES[stage]) for name in STAGES[stage]]
+        network.requires_grad_(name in STAGES[stage])
     groups = [dict(params=getattr(models, name).parameters()) for name in STAGES[stage]]
     optimiser = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     dcp.get_optimizer_state_dict(models, optimiser)      # makes its state, of unused weights too
@@ -334,26 +257,28 @@ def train_stage(stage, settings, models, averaged, dataset, saved):
     else:
         models.config["trained"].append(dict(stage=stage, data=settings.data))
     seed = settings.seed * len(STAGES) + list(STAGES).index(stage)
-    data = batches(dataset, settings.batch, seed * WORLD + RANK, step, settings.workers)
     begun = time.perf_counter() - spent
-    while True:
+    data = batches(dataset, settings.batch, seed * WORLD + RANK, device, step, settings.workers)
+    for batch in data:
         progress = (step if settings.unit == "steps" else spent / 60) / settings.lengths[stage]
-        progress, stopped = of_first(torch.tensor([progress, STOP.is_set()]))
+        progress, stopped = of_first(torch.tensor([progress, settings.stop.is_set()]))
         if progress >= 1 or stopped:
             break
-        # The rate: a linear warm-up, and a cosine down to a twentieth.
+        # The rate: a linear warm-up, a cosine down to a twentieth, half for two trained networks
         share = (0.525 + 0.475 * math.cos(math.pi * progress)) * min(1.0, progress / 0.02 + 0.005)
-        for group, peak in zip(optimiser.param_groups, peaks):
-            group["lr"] = peak * share
-        batch = to_device(next(data), models.device)
+        for name, group in zip(STAGES[stage], optimiser.param_groups):
+            group["lr"] = share * (settings.rate or settings.rates[name] / len(STAGES[stage]))
         torch.manual_seed((seed * 1_000_003 + step) * WORLD + RANK)       # one seed a step
-        with torch.autocast(models.device.type, torch.bfloat16, settings.bf16):
+        with torch.autocast(device.type, torch.bfloat16, settings.bf16):
             parts = stage_losses(stage, models, batch)
         sum(parts.values()).backward()
         norm = torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0)
         parts["gradient"] = norm.full_tensor() if WORLD > 1 else norm
-        if models.device.type == "cpu" or step % LOG_EVERY == 0:          # a GPU waits for it
-            check_finite(stage, step, parts, batch)
+        record = {key: value.item() for key, value in parts.items()}
+        if not math.isfinite(record["gradient"]):             # the step would spoil the weights
+            spoiled = [key for key in batch if key != "prompt" and not batch[key].isfinite().all()]
+            blame = f"the data has NaN in {spoiled}" if spoiled else "try a lower --rate"
+            raise ValueError(f"{stage} step {step}: {blame}: expected finite numbers, got {record}")
         optimiser.step()
         models.zero_grad()
         decay = min(0.999, (1 + step) / (10 + step))             # young averages forget faster
@@ -362,24 +287,18 @@ def train_stage(stage, settings, models, averaged, dataset, saved):
         step += 1
         spent = time.perf_counter() - begun
         if step % LOG_EVERY == 0:
-            values = torch.stack([value.detach().float() for value in parts.values()])
-            if WORLD > 1:
-                dist.all_reduce(values.div_(WORLD))
-            record = dict(zip(parts, values.tolist()), seconds=spent, done=progress)
-            report(settings, stage, step, record)
+            report(settings, stage, step, record | dict(seconds=spent, done=progress))
         if step % SAVE_EVERY == 0:
             save(settings, models, averaged, optimiser, stage, step, spent)
             validate(settings, averaged, stage, step)
-
     if stage == "vae":
-        measure_latents(averaged.vae, to_device(next(batches(dataset, 4)), models.device))
+        measure_latents(averaged.vae, next(batches(dataset, 4, 0, device)))
     save(settings, models, averaged, optimiser, stage, step, spent)
     validate(settings, averaged, stage, step)
     models.load_state_dict(averaged.state_dict())                # the averages go on
     return not stopped
 
 
-@torch.no_grad()
 def measure_latents(vae, batch):
     """Sets the VAE's latent statistics: a mean per modality and channel, one deviation each."""
     for index, key in enumerate(("video", "pseudo")):
@@ -388,25 +307,24 @@ def measure_latents(vae, batch):
         vae.latent_std[index] = (latents - vae.latent_mean[index, :, None, None, None]).std()
 
 
-@torch.no_grad()
 def validate(settings, models, stage, step):
-    """Held-out scenes with the averaged weights: val_STAGE_STEP.png, and a line of scores: dB of
-    moving pixels and cm of tracks, each beside what repeating the first frame gives."""
-    try:
-        batch = to_device(next(batches(make_dataset(settings, "val"), 4)), models.device)
-    except ValueError:                        # a small part of TACO may have nothing held out
+    """Held-out scenes: a picture (truth, then the sample), dB of moving pixels and cm of tracks,
+    each beside what a still first frame gives."""
+    dataset = make_dataset(settings, "val")
+    if len(dataset) == 0:                     # a small part of TACO may have nothing held out
         return
+    batch = next(batches(dataset, 4, 0, models.device))
     truth, tracks = batch["video"], batch["tracks"]
     scores = {"still_dB": moving_psnr(truth[:, :, :, :1].expand_as(truth), truth)}
     with torch.autocast(models.device.type, torch.bfloat16, settings.bf16):
         if stage == "vae":
             video = models.vae.decode(models.vae.encode(truth))
         else:
-            given = torch.ones(truth.shape[:2], dtype=torch.bool, device=truth.device)
+            given = torch.ones_like(batch["scale"][..., 0]) > 0
             cameras = batch["intrinsics"], batch["extrinsics"]
-            for state in sample(models, truth[:, :, :, 0], given, batch["prompt"], cameras,
-                                aligned=stage != "base", loop=stage == "joint"):
-                pass
+            shown = truth[:, :, :, 0], given, batch["prompt"], cameras
+            states = sample(models, *shown, aligned=stage != "base", loop=stage == "joint")
+            state = list(states)[-1]
             video = models.vae.decode(state.z_V)
             seen = batch["visible"] & state.valid.any(2, keepdim=True)
             for name, found in (("still_cm", tracks[:, :, :1]), ("tracks_cm", state.tracks)):
@@ -414,58 +332,51 @@ def validate(settings, models, stage, step):
     scores["moving_dB"] = moving_psnr(video, truth)
     report(settings, stage, step, scores, title="val ")
     if RANK == 0:
-        rows = [film_strip(clip[0, view], 5) for view in range(settings.views)
-                for clip in (truth, video)]
-        iio.imwrite(settings.out / f"val_{stage}_{step}.png", torch.cat(rows).numpy())
+        tall = torch.cat([*truth[0], *video[0]], 2)                           # (3,N,2 V H,W)
+        iio.imwrite(settings.out / f"val_{stage}_{step}.png", film_strip(tall, 5).numpy())
 
 
 def train(arguments=None):
     """Runs the stages of a command line."""
     settings = parse(arguments)
-    device, saved = pick_device(settings.device), {}
+    device = pick_device(settings.device)
     if WORLD > 1:                                                # started by torchrun
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        mesh = dist.device_mesh.init_device_mesh(device.type, (WORLD,))
     settings.bf16 = dict(auto=use_bf16(device), bf16=True, fp32=False)[settings.precision]
-    if settings.compile and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
+    if settings.compile and not shutil.which("g++"):
         print("--compile: expected a C++ compiler, found none; on without it")
         settings.compile = False
     settings.out.mkdir(parents=True, exist_ok=True)
-
-    # Networks and data, and what the one takes from the other
+    # Networks, data, and what the ones take from the other
     torch.manual_seed(settings.seed)
     models, source = load(settings)
     models.to(device).vae.latent_size(settings.frames, *settings.size)    # or it says what fits
     dataset = make_dataset(settings, "train")
-    world = SyntheticHOI("val", settings.size, settings.frames, settings.views, settings.stride)
-    check_sample(dataset[0], world[0])
-    if not settings.resume:
-        measure(models, dataset, settings)
-    averaged = copy.deepcopy(models).eval().requires_grad_(False)
+    measure(models, dataset, settings)
+    averaged = copy.deepcopy(models).requires_grad_(False)
+    saved = {}
     if settings.resume:
         saved = torch.load(source, map_location="cpu", weights_only=True)
-        if settings.stage not in ("all", saved["stage"]):
-            raise ValueError(f"--resume: expected --stage {saved['stage']}, where {source} is, got "
-                             f"{settings.stage}: leave --resume out to start that stage")
+        if saved["stage"] not in settings.stages:
+            raise ValueError(f"--resume: expected --stage {saved['stage']}, where {source} is")
         models.load_state_dict(saved["weights"])
-    print(f"from {source} into {settings.out}: {count_parameters(models) / 1e6:.2f} M parameters, "
-          f"{settings.views} views x {settings.frames} frames x {settings.size}, batch "
-          f"{settings.batch} x {WORLD}, {device.type}, {'bf16' if settings.bf16 else 'fp32'}",
-          flush=True)
+    print(f"from {source} into {settings.out}, on {device.type}", flush=True)
     Attention.fused = settings.fused
     for network in models.children():
         network.checkpointing = settings.checkpointing
-    if WORLD > 1:
-        shard(models)
-        shard(averaged)
+    for net in (models, averaged) if WORLD > 1 else ():
+        # FSDP2: each process keeps its part of the weights, block by block.
+        for part in (*net.mjd.blocks, *net.dpa.blocks, net.vae, net.mjd, net.dpa):
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        for method in ("moments", "reconstruct"):
+            register_fsdp_forward_method(net.vae, method)
     for block in models.mjd.blocks if settings.compile else ():  # all share one compiled program
         block.compile()
-
     # The stages; Ctrl-C, which only a main thread may catch, lets the step finish and saves
-    STOP.clear()
+    settings.stop = threading.Event()
     in_main = threading.current_thread() is threading.main_thread()
-    before = in_main and signal.signal(signal.SIGINT, lambda *_: STOP.set())
+    before = in_main and signal.signal(signal.SIGINT, lambda *_: settings.stop.set())
     first = settings.stages.index(saved["stage"]) if saved else 0
     try:
         finished = all(train_stage(stage, settings, models, averaged, dataset, saved)
@@ -473,8 +384,7 @@ def train(arguments=None):
     finally:
         if in_main:
             signal.signal(signal.SIGINT, before)
-    print(f"weights in {settings.out}/weights.pt" if finished else
-          "saved; go on with the same command and --resume")
+    print(f"{settings.out}/weights.pt" if finished else "saved: go on with --resume")
 
 
 def main(arguments=None):
