@@ -59,13 +59,15 @@ def project(points, intrinsics, extrinsics):
     camera = transform(points, extrinsics[:, :3])
     depth = camera[..., 2]
     divisor = torch.where(depth.abs() < 1e-6, 1e-6, depth)
-    return transform(camera[..., :2] / divisor[..., None], intrinsics[:, :2]), depth
+    plane = camera[..., :2] / divisor[..., None]
+    return transform(plane, intrinsics[:, :2]), depth
 
 
 def unproject(uv, depth, intrinsics, extrinsics):
     """The inverse of `project`: uv (V,...,2) pixels, depth (V,...) m -> world points (V,...,3)."""
     rays = transform(uv, torch.linalg.inv(intrinsics))
-    return transform(rays * depth.float()[..., None], torch.linalg.inv(extrinsics)[:, :3])
+    camera = rays * depth.float()[..., None]
+    return transform(camera, torch.linalg.inv(extrinsics)[:, :3])
 
 
 def camera_centres(extrinsics):
@@ -81,11 +83,13 @@ def pixel_centres(size, device=None):
 
 def plucker_rays(intrinsics, extrinsics, size):
     """Rays of all pixels, (V,6,H,W): unit direction and moment (centre x direction), world."""
-    uv = pixel_centres(size, intrinsics.device).expand(len(intrinsics), -1, -1, -1)
+    uv = pixel_centres(size, intrinsics.device)
+    uv = uv.expand(len(intrinsics), -1, -1, -1)                               # (V, H, W, 2)
     points = unproject(uv, torch.ones_like(uv[..., 0]), intrinsics, extrinsics)
     centres = camera_centres(extrinsics)[:, None, None].expand_as(points)
     direction = F.normalize(points - centres, dim=-1)
-    return torch.cat([direction, torch.linalg.cross(centres, direction)], -1).movedim(-1, 1)
+    moment = torch.linalg.cross(centres, direction)
+    return torch.cat([direction, moment], -1).movedim(-1, 1)
 
 
 # ------------------------------------------------------- motion representation (Sec. 3.2, Fig. 3)
@@ -106,7 +110,8 @@ def anchor_colours(anchors, depth, scale, size):
     near, far = scale.unbind(-1)
     normalised = ((depth - near) / (far - near).clamp_min(1e-6)).clamp(0, 1)
     blue = FOREGROUND_BLUE + (1 - FOREGROUND_BLUE) * normalised
-    which = (anchors / anchors.new_tensor(size[::-1])).clamp(0, 1).expand(*blue.shape, 2)
+    which = (anchors / anchors.new_tensor(size[::-1])).clamp(0, 1)
+    which = which.expand(*blue.shape, 2)
     return torch.cat([which, blue[..., None]], -1)
 
 
@@ -114,7 +119,8 @@ def background_colours(size, device=None):
     """Background of a pseudo video, (3,H,W): every pixel's own position, at blue 0 (the paper has
     black): a VAE keeps what is smooth across silhouettes better."""
     uv = pixel_centres(size, device)
-    return F.pad(uv / uv.new_tensor(size[::-1]), (0, 1)).movedim(-1, 0)
+    which = uv / uv.new_tensor(size[::-1])
+    return F.pad(which, (0, 1)).movedim(-1, 0)
 
 
 def depth_range(depth, seen):
@@ -129,7 +135,8 @@ def splat(uv, depth, shown, size, radius):
     the slot that each pixel sees, and hit (V,N,H,W). The nearest wins, at equal depth the nearest
     centre (2 mm a pixel): keys are depth in 0.1 mm, in the high bits, and the slot."""
     height, width = size
-    buffer = torch.full((*uv.shape[:2], height * width + 1), 2 ** 62, device=uv.device)
+    views, frames, _ = depth.shape
+    buffer = torch.full((views, frames, height * width + 1), 2 ** 62, device=uv.device)
     slot = torch.arange(uv.shape[2], device=uv.device)
     shown = shown & (depth > NEAREST)
     centre_x, centre_y = uv.clamp(-1e4, 1e4).unbind(-1)
@@ -160,7 +167,8 @@ def tracks_to_pseudo_video(tracks, visible, intrinsics, extrinsics, size, scale=
     uv, depth = project(tracks, intrinsics, extrinsics)                       # (V,N,K,2), (V,N,K)
     shown = True if visible is None else visible
     anchors = uv[:, 0] if anchors is None else anchors
-    winner, hit = splat(uv, depth, shown, size, radius or disc_radius(size, tracks.shape[2]))
+    radius = radius or disc_radius(size, tracks.shape[2])
+    winner, hit = splat(uv, depth, shown, size, radius)
     index = winner.flatten(2)                                                 # (V, N, H W)
     depth = depth.gather(2, index).unflatten(2, size)                         # (V, N, H, W)
     anchors = anchors[:, None].take_along_dim(index[..., None], 2).unflatten(2, size)
@@ -168,7 +176,8 @@ def tracks_to_pseudo_video(tracks, visible, intrinsics, extrinsics, size, scale=
         scale = depth_range(depth, hit)
     colours = anchor_colours(anchors, depth, scale[:, None, None, None], size)
     still = background_colours(size, tracks.device)[:, None]
-    return torch.where(hit[:, None], colours.movedim(-1, 1), still), scale
+    pseudo = torch.where(hit[:, None], colours.movedim(-1, 1), still)
+    return pseudo, scale
 
 
 def references_along_tracks(tracks, visible, intrinsics, extrinsics, references, given):
@@ -181,22 +190,25 @@ def references_along_tracks(tracks, visible, intrinsics, extrinsics, references,
     shown = repeat(visible & given[:, None, None], "u n k -> v n (u k)", v=views)
     uv, depth = project(everything, intrinsics, extrinsics)                   # (V, N, V K, 2)
     winner, hit = splat(uv, depth, shown, size, disc_radius(size, count))
-    anchors = track_grid(size, round((size[0] * size[1] / count) ** 0.5)).to(uv)
-    offset = (anchors.repeat(views, 1) - uv).take_along_dim(winner.flatten(2)[..., None], 2)
+    stride = round((size[0] * size[1] / count) ** 0.5)
+    anchors = track_grid(size, stride).to(uv)
+    offset = anchors.repeat(views, 1) - uv
+    offset = offset.take_along_dim(winner.flatten(2)[..., None], 2)
     place = pixel_centres(size, uv.device) + offset.unflatten(2, size)
     # The references are a volume, one view behind the other; each is looked up in its own plane.
     plane = (winner // count + 0.5) / views
-    place = torch.cat([place / place.new_tensor(size[::-1]), plane[..., None]], -1)
+    place = place / place.new_tensor(size[::-1])
+    place = torch.cat([place, plane[..., None]], -1)
     place = rearrange(2 * place - 1, "v n h w c -> 1 (v n) h w c")
     volume = rearrange(references, "u c h w -> 1 c u h w")
     seen = F.grid_sample(volume, place, padding_mode="border", align_corners=False)
-    return torch.where(hit[:, None], rearrange(seen, "1 c (v n) h w -> v c n h w", v=views), 0.0)
+    seen = rearrange(seen, "1 c (v n) h w -> v c n h w", v=views)
+    return torch.where(hit[:, None], seen, 0.0)
 
 
-def pseudo_video_to_tracks(pseudo, scale, intrinsics, extrinsics, stride):
-    """Denorm & Unproj: pseudo (V,3,N,H,W) in [0,1] -> tracks (V,N,K,3), and valid (V,N,K), else 0.
-    Every foreground pixel votes, with its place and depth, for the four cells nearest to the anchor
-    that its colour names; their mean is valid where frame 0 has foreground at the cell's centre."""
+def count_votes(pseudo, scale, stride):
+    """Sums (V,N,K,4) of the votes for every cell: of their pixel, depth and 1. A foreground pixel
+    votes for the four cells nearest to the anchor that its colour names."""
     views, _, frames, height, width = pseudo.shape
     across, down = width // stride, height // stride
     pictures = rearrange(pseudo, "v c n h w -> (v n) h w c")
@@ -206,29 +218,41 @@ def pseudo_video_to_tracks(pseudo, scale, intrinsics, extrinsics, stride):
     near, far = scale[picture // frames].unbind(-1)
     normalised = (blue - FOREGROUND_BLUE) / (1 - FOREGROUND_BLUE)
     depth = near + (far - near) * normalised.clamp(0, 1)
-    vote = torch.stack([column + 0.5, row + 0.5, depth, torch.ones_like(depth)], -1)
+    one = torch.ones_like(depth)
+    vote = torch.stack([column + 0.5, row + 0.5, depth, one], -1)             # (P, 4)
     # The rim is blended with the background, which spoils the depth: it counts for want of better.
-    trust = 1 - 0.98 * F.max_pool2d((~foreground).float(), 3, 1, 1)[foreground]
+    background = (~foreground).float()
+    rim = F.max_pool2d(background, 3, 1, 1)[foreground]
+    trust = 1 - 0.98 * rim
     total = torch.zeros(views * frames * down * across, 4, device=pseudo.device)
     anchor = torch.stack([red * across, green * down], -1) - 0.5              # (P, 2) in cells
     for step in itertools.product((0, 1), (0, 1)):
         cell = anchor.floor() + anchor.new_tensor(step)
         offset = anchor - cell
+        distance = offset.square().sum(-1)
         x, y = cell.long().unbind(-1)
         inside = within(x, y, (down, across))
-        weight = inside * trust * torch.exp(-offset.square().sum(-1) / 0.32)
+        weight = inside * trust * torch.exp(-distance / 0.32)
         slot = inside * ((picture * down + y) * across + x)
         moved = vote - F.pad(stride * offset, (0, 2))
         total.index_add_(0, slot, moved * weight[:, None])
-    total = total.view(views, frames, -1, 4)                                  # (V, N, K, 4)
+    return total.view(views, frames, -1, 4)
+
+
+def pseudo_video_to_tracks(pseudo, scale, intrinsics, extrinsics, stride):
+    """Denorm & Unproj: pseudo (V,3,N,H,W) in [0,1] -> tracks (V,N,K,3), and valid (V,N,K), else 0.
+    A track is the mean of its votes, valid where frame 0 has foreground at the cell's centre."""
+    total = count_votes(pseudo, scale, stride)                                # (V, N, K, 4)
     weight = total[..., 3:]
-    uv, depth, _ = (total / weight.clamp_min(1e-6)).split([2, 1, 1], -1)
-    centres = track_grid((height, width), stride).to(pseudo)
+    mean = total / weight.clamp_min(1e-6)
+    uv, depth, _ = mean.split([2, 1, 1], -1)
+    centres = track_grid(pseudo.shape[3:], stride).to(pseudo)
     x, y = centres.long().unbind(-1)
     started = pseudo[:, 2, :1, y, x] > FOREGROUND_THRESHOLD                   # (V, 1, K)
     valid = started[..., None] & (weight > 1e-3)                              # (V, N, K, 1)
     # In frame 0 a track is at its cell's centre: half of its error there is taken off all frames.
-    uv = uv - 0.5 * torch.where(valid[:, :1], uv[:, :1] - centres, 0.0)
+    wrong = uv[:, :1] - centres
+    uv = uv - 0.5 * torch.where(valid[:, :1], wrong, 0.0)
     uv[:, 0] = centres
     tracks = unproject(uv, depth[..., 0], intrinsics, extrinsics)
     return torch.where(valid, tracks, 0.0), valid[..., 0]
@@ -246,21 +270,20 @@ class Scenes(torch.utils.data.Dataset):
         self.cache = cache
 
     def cached(self, name, make):
-        """The sample of `make()`, kept in a file, whole or not at all, if there is a cache."""
-        if not self.cache:
-            return make()
-        name = f"{name} {self.size} {self.frames} {self.views} {self.stride} {self.seed}.pt"
-        path = Path(self.cache) / name
+        """The sample of `make()`; if there is a cache, kept in a file, whole or not at all."""
+        settings = self.size, self.frames, self.views, self.stride, self.seed
+        path = Path(self.cache or "") / f"{name} {settings}.pt"
         try:
             sample = torch.load(path, weights_only=True)
         except Exception:                                     # none yet, or damaged: make it anew
             sample = make()
             sample["video"] = (127.5 * (sample["video"] + 1)).round().to(torch.uint8)
             sample["pseudo"] = (32767 * sample["pseudo"]).round().to(torch.int16)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_suffix(f".{os.getpid()}.tmp")
-            torch.save(sample, aside)
-            os.replace(aside, path)
+            if self.cache:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                aside = path.with_suffix(f".{os.getpid()}.tmp")
+                torch.save(sample, aside)
+                os.replace(aside, path)
         sample["video"] = sample["video"] / 127.5 - 1
         sample["pseudo"] = sample["pseudo"] / 32767
         return sample
@@ -333,7 +356,8 @@ def numbers(text):
 def axes_along(z, near_y):
     """Right-handed axes (...,3,3), columns x y z: z as given, y as near as it can be."""
     z = F.normalize(z, dim=-1)
-    x = F.normalize(torch.linalg.cross(near_y.expand_as(z), z), dim=-1)
+    x = torch.linalg.cross(near_y.expand_as(z), z)
+    x = F.normalize(x, dim=-1)
     return torch.stack([x, torch.linalg.cross(z, x), z], -1)
 
 
@@ -373,7 +397,8 @@ def camera_rig(views, size, draw=lambda low, high: (low + high) / 2):
     cameras = []
     for place in range(1 - views, views, 2):
         side = .7 * place / max(views - 1, 1) + draw(-.08, .08)
-        back = torch.tensor([-math.sin(side), -math.cos(side), draw(.75, .95)])
+        up = draw(.75, .95)
+        back = torch.tensor([-math.sin(side), -math.cos(side), up])
         aim = torch.tensor([draw(-.05, -.03), draw(.03, .05), draw(.085, .095)])
         distance = draw(.66, .74)
         eye = aim + distance * F.normalize(back, dim=0)
@@ -461,7 +486,8 @@ def motion(action, target, draw, frames):
     aside = torch.cat([yaw.sin(), yaw.cos(), still], -1)
     ahead = torch.linalg.cross(aside, upwards)
     axis = dive.cos() * ahead - dive.sin() * upwards
-    tip = base + forward * ahead + left * aside + (height + .04 + up) * upwards
+    tip = base + forward * ahead + left * aside
+    tip = tip + (height + .04 + up) * upwards
     above = spin.cos() * upwards + spin.sin() * aside
     tool = affine(.01 * axes_along(axis, above), tip - .15 * axis)
     away = torch.cat([-turn.sin(), turn.cos(), still], -1)
@@ -493,7 +519,8 @@ def lay_out(action, tool, target, draw, frames):
     scene["back"] = pose[:, :1] @ inverse
     scene["forth"] = pose @ inverse[:, :1]
     scene["shape"] = torch.stack([numbers(SHAPES[name]) for name in shapes])
-    scene["colours"] = torch.tensor([(surface[name], stripe[name]) for name in names])
+    colours = [(surface[name], stripe[name]) for name in names]
+    scene["colours"] = torch.tensor(colours)
     scene["table"] = torch.tensor(surface["table"])
     scene["eye"] = torch.tensor([draw(-.5, .3), draw(-.4, .1), 1.1])
     return scene
@@ -514,7 +541,8 @@ def cast(scene, origin, direction, windows):
         low, high = limits[0].tolist()
         # |start + depth ray| = 1 is a quadratic equation; its root is NaN where the ray misses.
         start = starts[index]
-        ray = scene["inverse"][index, :, :3, :3] @ direction[window].flatten(-2)     # (N, 3, R)
+        turn = scene["inverse"][index, :, :3, :3]
+        ray = turn @ direction[window].flatten(-2)                                  # (N, 3, R)
         square = weight @ ray.square()                                              # (N, 1, R)
         half = (weight * start.mT) @ ray
         rest = weight @ start.square() - 1
@@ -581,13 +609,31 @@ def paint(scene, origin, points, piece):
     video = (colour * light[..., None]).clamp(0, 1)
     video = F.avg_pool2d(video.movedim(-1, 0), 2, 1)
     video = F.avg_pool2d(video, 2)                           # the mean of two, twice
-    return (255 * video).round() / 127.5 - 1
+    return 2 * video - 1
+
+
+def follow(scene, camera, start, index, size):
+    """Tracks (N,K,3) of points (K,3) of frame 0 on pieces index (K,), with which they move; and
+    visible (N,K): in the picture, and first on the camera's ray to that very point."""
+    tracks = moved(start, scene["forth"][index].movedim(1, 0))
+    uv, depth = project(tracks[None], *camera)
+    x, y = uv[0].unbind(-1)
+    origin = camera_centres(camera[1])[0]
+    rays = (tracks - origin).mT[:, :, None]                                         # (N, 3, 1, K)
+    everywhere = [(0, 0, None, None)] * len(scene["pose"])
+    nearest, _ = cast(scene, origin, rays, everywhere)
+    first = nearest[:, 0] > 1 - .003 / depth[0]
+    visible = first & within(x, y, size) & (index >= 0)
+    return tracks.masked_fill(index[:, None] < 0, 0), visible
 
 
 def film(scene, camera, size, stride):
     """What one camera (1,3,3), (1,4,4) adds to a sample."""
     origin, points, depth, piece = look(scene, camera, size)
     video = paint(scene, origin, points, piece)
+    cell = np.s_[0, stride::2 * stride, stride::2 * stride]
+    index = piece[cell].flatten()
+    tracks, visible = follow(scene, camera, points[cell].flatten(0, 1), index, size)
     # The pseudo video: where, in frame 0, was what the centre of a pixel sees now?
     middle = np.s_[:, 1::2, 1::2]
     hit = piece[middle] >= 0
@@ -600,22 +646,8 @@ def film(scene, camera, size, stride):
     colours = anchor_colours(anchors[0], depth, scale, size)
     still = background_colours(size, hit.device)[:, None]
     pseudo = torch.where(hit, colours.movedim(-1, 0), still)
-    pseudo = (32767 * (2 * pseudo - 1)).round() / 32767
-    # Tracks move with their pieces, and are visible where the camera's ray meets them first.
-    cell = np.s_[0, stride::2 * stride, stride::2 * stride]
-    index = piece[cell].flatten()
-    start = points[cell].flatten(0, 1)
-    tracks = moved(start, scene["forth"][index].movedim(1, 0))
-    uv, depth = project(tracks[None], *camera)
-    x, y = uv[0].unbind(-1)
-    rays = (tracks - origin).mT[:, :, None]                                         # (N, 3, 1, K)
-    everywhere = [(0, 0, None, None)] * len(scene["pose"])
-    nearest, _ = cast(scene, origin, rays, everywhere)
-    first = nearest[:, 0] > 1 - .003 / depth[0]
-    visible = first & within(x, y, size) & (index >= 0)
-    tracks = tracks.masked_fill(index[:, None] < 0, 0)
     intrinsics, extrinsics = camera
-    return {"video": video, "pseudo": pseudo, "scale": scale, "tracks": tracks, "visible": visible,
+    return {"video": video, "pseudo": 2 * pseudo - 1, "scale": scale, "tracks": tracks, "visible": visible,
             "part": scene["part"][index], "intrinsics": intrinsics[0], "extrinsics": extrinsics[0]}
 
 
@@ -684,7 +716,7 @@ class SyntheticHOI(Scenes):
         rig = camera_rig(self.views, self.size, draw)
         cameras = zip(*[matrix.to(self.device).split(1) for matrix in rig])
         views = [film(scene, camera, self.size, self.stride) for camera in cameras]
-        sample = {name: torch.stack([view[name] for view in views]) for name in views[0]}
+        sample = torch.utils.data.default_collate(views)
         sample["prompt"] = f"<{tool}, {action}, {target}>"
         return sample
 
@@ -725,7 +757,8 @@ def as_tensor(value):
     if hasattr(value, "idxs"):
         return as_tensor(value.a).flatten()[value.idxs].view(value.preferred_shape)
     if hasattr(value, "indptr"):
-        columns = np.repeat(range(value._shape[1]), np.diff(value.indptr))
+        counts = np.diff(value.indptr)
+        columns = np.repeat(range(len(counts)), counts)
         dense = np.zeros(value._shape)
         dense[value.indices, columns] = value.data
         return as_tensor(dense)
@@ -744,15 +777,17 @@ def mano_vertices(model, pose, shape, place):
     pose (N,48) axis-angle, shape (10,), place (N,3) metres -> vertices (N,778,3) metres, world."""
     rest = model["v_template"] + model["shapedirs"] @ shape                      # (778, 3)
     joints = model["J_regressor"] @ rest                                         # (16, 3)
-    cross = torch.linalg.cross(pose.view(-1, 16, 1, 3), torch.eye(3)[None, None])
+    one = torch.eye(3)
+    cross = torch.linalg.cross(pose.view(-1, 16, 1, 3), one[None, None])
     turn = torch.linalg.matrix_exp(cross.mT)                                     # (N, 16, 3, 3)
-    bend = (turn[:, 1:] - torch.eye(3)).flatten(1)                               # (N, 135)
+    bend = (turn[:, 1:] - one).flatten(1)                               # (N, 135)
     posed = rest + (model["posedirs"] @ bend.T).movedim(-1, 0)                   # (N, 778, 3)
     # Every bone turns about its joint, and then with its parent.
     bones = affine(turn, joints - (turn @ joints[..., None])[..., 0])            # (N, 16, 4, 4)
     for joint in range(1, 16):
         parent = int(model["kintree_table"][0, joint])
-        bones[:, joint] = bones[:, parent] @ bones[:, joint]
+        own = bones[:, joint]
+        bones[:, joint] = bones[:, parent] @ own
     posed = F.pad(posed, (0, 1), value=1.0)
     vertices = torch.einsum("vj,njab,nvb->nva", model["weights"], bones, posed)  # (N, 778, 4)
     return vertices[..., :3] - joints[0] + place[:, None]
@@ -833,11 +868,8 @@ class TACO(Scenes):
         if self.split == "train":
             spare = min(map(len, objects)) - window[-1]
             window += chance.integers(max(1, spare))
-        meshes = []
-        for side, model in self.models.items():
-            pose, shape, place = read_hand(self.root / f"Hand_Poses/{name}", side)
-            vertices = mano_vertices(model, pose[window], shape, place[window])
-            meshes.append(vertices[:, model["f"].long()])
+        left, right = [self.hand(name, side, window) for side in ("left", "right")]
+        meshes = [left, right]
         for path, poses in zip(paths, objects):
             number = path.stem.split("_")[-1]
             corners = load_obj(self.root / f"Object_Models/{number}_cm.obj")
@@ -846,22 +878,36 @@ class TACO(Scenes):
         triangles = torch.cat(meshes, 1)                                         # (N, F, 3, 3)
         # One camera of each part of the row from the left hand's side to the right hand's.
         cameras = self.usable_cameras(name, triangles[:1].flatten(1, 2))
-        rightwards = meshes[1].mean((0, 1, 2)) - meshes[0].mean((0, 1, 2))
+        rightwards = right.mean((0, 1, 2)) - left.mean((0, 1, 2))
         cameras.sort(key=lambda camera: camera_centres(camera[2])[0] @ rightwards)
         groups = np.array_split(range(len(cameras)), self.views)
         chosen = [cameras[chance.choice(group)] for group in groups]
-        # Points (1, N, P, 3) spread evenly over the surface, the same in all frames.
-        one, other = triangles[0].diff(dim=1).double().unbind(1)                 # edges
-        area = torch.linalg.cross(one, other).norm(dim=-1).numpy()
-        count = min(DENSITY * math.prod(self.size), 60_000_000 // self.frames)   # for the memory
-        faces = chance.choice(len(area), count, p=area / area.sum())
-        weights = as_tensor(chance.dirichlet([1, 1, 1], count))[..., None]       # (P, 3, 1)
-        points = torch.stack([(mesh[faces] * weights).sum(1) for mesh in triangles])[None]
-        parts = zip(*[self.view(*camera, points, window) for camera in chosen])
+        points = self.surface_points(triangles, chance)
+        views = [self.view(*camera, points, window) for camera in chosen]
+        parts = zip(*views)
         keys = "video", "pseudo", "scale", "tracks", "visible", "intrinsics", "extrinsics"
         sample = dict(zip(keys, map(torch.cat, parts)))
         sample["prompt"] = re.sub(r"\((.+), (.+), (.+)\)/.*", r"<\2, \1, \3>", name)
         return sample
+
+    def hand(self, name, side, window):
+        """Triangles (N,F,3,3), metres, of a hand in the frames of a window."""
+        model = self.models[side]
+        pose, shape, place = read_hand(self.root / f"Hand_Poses/{name}", side)
+        vertices = mano_vertices(model, pose[window], shape, place[window])
+        return vertices[:, model["f"].long()]
+
+    def surface_points(self, triangles, chance):
+        """Points (1,N,P,3) spread evenly over triangles (N,F,3,3), the same in all frames."""
+        one, other = triangles[0].diff(dim=1).double().unbind(1)                 # edges
+        area = torch.linalg.cross(one, other).norm(dim=-1).numpy()
+        count = DENSITY * math.prod(self.size)
+        count = min(count, 60_000_000 // self.frames)                            # for the memory
+        faces = chance.choice(len(area), count, p=area / area.sum())
+        weights = chance.dirichlet([1, 1, 1], count)
+        weights = as_tensor(weights)[..., None]                                  # (P, 3, 1)
+        moving = [(mesh[faces] * weights).sum(1) for mesh in triangles]
+        return torch.stack(moving)[None]
 
     def usable_cameras(self, name, points):
         """Video, intrinsics, extrinsics and picture's size of cameras that see most of points."""
@@ -873,7 +919,8 @@ class TACO(Scenes):
             extrinsics = affine(turn, as_tensor(entry["T"]).view(1, 3))
             picture = as_tensor(entry["imgSize"])
             uv, depth = project(points, intrinsics, extrinsics)
-            inside = ((uv >= 0) & (uv < picture)).all(-1) & (depth > NEAREST)
+            inside = ((uv >= 0) & (uv < picture)).all(-1)
+            inside &= depth > NEAREST
             videos = sorted(self.root.glob(f"*Allocentric_RGB_Videos/{name}/{serial}.mp4"))
             if videos and inside.float().mean() > 0.5:
                 cameras.append((videos[-1], intrinsics, extrinsics, picture))
@@ -883,19 +930,10 @@ class TACO(Scenes):
             raise ValueError(f"expected {self.views} cameras that can be used, got fewer")
         return cameras
 
-    def view(self, path, intrinsics, extrinsics, picture, points, window):
-        """What one camera adds to a sample: the values of `keys` above, (1,...) each."""
+    def read_video(self, path, box, window):
+        """The frames of a window, cut to a box (width, height, left, top) and scaled."""
         height, width = self.size
-        size = torch.tensor([width, height])
-        # A box of that aspect around everything, in even numbers, which ffmpeg crops and scales.
-        uv, _ = project(points, intrinsics, extrinsics)
-        low, high = uv.flatten(0, 2).aminmax(dim=0)
-        wanted = (1.2 * (high - low) / size).amax()
-        sides = size * wanted.minimum((picture / size).amin())
-        corner = (low + high - sides) / 2
-        corner = corner.clamp_min(0).minimum(picture - sides)
-        box = torch.cat([sides, corner]).int() // 2 * 2
-        crop = ":".join(map(str, box.tolist()))
+        crop = ":".join(map(str, box))
         chosen = "+".join(rf"eq(n\,{frame})" for frame in window)
         graph = f"select={chosen},crop={crop},scale={width}:{height}:flags=area+accurate_rnd"
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", path, "-vf", graph]
@@ -904,19 +942,42 @@ class TACO(Scenes):
         pixels = subprocess.run(command, capture_output=True).stdout
         if len(pixels) != self.frames * height * width * 3:
             raise ValueError(f"expected {self.frames} frames, got fewer, in {path}")
-        video = torch.frombuffer(bytearray(pixels), dtype=torch.uint8) / 127.5 - 1
-        video = rearrange(video, "(n h w c) -> c n h w", h=height, w=width, c=3)
+        pixels = torch.frombuffer(bytearray(pixels), dtype=torch.uint8)
+        video = rearrange(pixels, "(n h w c) -> c n h w", h=height, w=width, c=3)
+        return video / 127.5 - 1
+
+    def view(self, path, intrinsics, extrinsics, picture, points, window):
+        """What one camera adds to a sample: the values of `keys` above, (1,...) each."""
+        size = torch.tensor(self.size).flip(0)                                   # width, height
+        # A box of that aspect around everything, in even numbers, which ffmpeg crops and scales.
+        uv, _ = project(points, intrinsics, extrinsics)
+        low, high = uv.flatten(0, 2).aminmax(dim=0)
+        wanted = (1.2 * (high - low) / size).amax()
+        sides = size * wanted.minimum((picture / size).amin())
+        corner = (low + high - sides) / 2
+        corner = corner.clamp_min(0).minimum(picture - sides)
+        box = torch.cat([sides, corner]).int()
+        box -= box % 2
+        video = self.read_video(path, box.tolist(), window)                      # (3, N, H, W)
         # Pixels of the crop are those of the picture, shifted and scaled.
         intrinsics[:, :2, 2] -= box[2:]
         intrinsics[:, :2] *= (size / box[:2])[:, None]
         camera = intrinsics, extrinsics
         pseudo, scale = tracks_to_pseudo_video(points, None, *camera, self.size, radius=DISC)
         # What changes in the video must lie where the meshes move.
-        moves = pseudo[0].diff(dim=1).abs().sum(0) > 0.02
+        change = pseudo[0].diff(dim=1).abs()
+        moves = change.sum(0) > 0.02
         changes = video.diff(dim=1).abs().sum(0)
-        if changes[moves].mean() < 2.5 * changes[~moves].mean():     # 30 times, if all is well
+        inside = changes[moves].mean()
+        outside = changes[~moves].mean()
+        if inside < 2.5 * outside:                                   # 10 times, if all is well
             raise ValueError(f"wrong calibration: meshes move apart from {path}")
-        # Tracks: the cells of the grid are the pixels of a picture `stride` times smaller.
+        tracks, visible = self.carried(points, pseudo, scale, camera)
+        return video[None], 2 * pseudo - 1, scale, tracks, visible, intrinsics, extrinsics
+
+    def carried(self, points, pseudo, scale, camera):
+        """Tracks (1,N,K,3) and visible (1,N,K) of one camera, among its points (1,N,P,3)."""
+        # The cells of the grid are the pixels of a picture `stride` times smaller.
         uv, depth = project(points[:, :1], *camera)
         cells = [side // self.stride for side in self.size]
         first = splat(uv / self.stride, depth, True, cells, DISC / self.stride)
@@ -925,11 +986,12 @@ class TACO(Scenes):
         # Visible: in the picture, and hardly deeper than what the pixel shows.
         uv, depth = project(tracks, *camera)
         blue = anchor_colours(uv, depth, scale, self.size)[..., 2]
-        place = 2 * uv / size - 1
+        place = 2 * uv / uv.new_tensor(self.size[::-1]) - 1
         shown = F.grid_sample(pseudo[0, 2, :, None], place[0, :, None], "nearest", "zeros", False)
-        visible = found & (blue - shown[:, 0, 0] < 2 / height)
+        behind = blue - shown[:, 0, 0]
+        visible = found & (behind < 2 / self.size[0])
         visible[:, 0] = found
-        return video[None], 2 * pseudo - 1, scale, tracks, visible, intrinsics, extrinsics
+        return tracks, visible
 
 
 # --------------------------------------------------------------------------------------- lesson
@@ -953,7 +1015,8 @@ def lesson(stride=4):
     cameras = sample["intrinsics"], sample["extrinsics"]
     exact = (sample["pseudo"] + 1) / 2
     noisy = exact + 0.03 * torch.randn_like(exact)
-    drawn, _ = tracks_to_pseudo_video(tracks, visible, *cameras, exact.shape[-2:], scale)
+    size = exact.shape[-2:]
+    drawn, _ = tracks_to_pseudo_video(tracks, visible, *cameras, size, scale)
     share = (exact[:, 2] > FOREGROUND_THRESHOLD).float().mean()
     print(f"foreground: {share:.0%} of the picture; median error of tracks read back from")
     names = "the exact pseudo video", "the same, noise of .03", "one drawn from the tracks"
