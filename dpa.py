@@ -75,7 +75,8 @@ def voxel_neighbours(keys):
     """Rows of the 3x3x3 voxels around each: sorted keys (M,) -> (M, 27), M where there is none."""
     step = torch.arange(-1, 2, device=keys.device)
     offsets = torch.cartesian_prod(step << 2 * GRID_BITS, step << GRID_BITS, step)
-    wanted = keys[:, None] + offsets.sum(-1)
+    offsets = offsets.sum(-1)                                                 # (27,)
+    wanted = keys[:, None] + offsets
     row = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
     return torch.where(keys[row] == wanted, row, len(keys))
 
