@@ -222,7 +222,7 @@ class SampleState(NamedTuple):
 
 
 @torch.no_grad()
-def sample(models, I, given, P, cameras, steps=8, seed=0, loop=True, aligned=True, carry=True,
+def sample(models, I, given, P, cameras, steps=4, seed=0, loop=True, aligned=True, carry=True,
            text_scale=1.0, eta=0.0, temperature=0.1):
     """The closed loop of Sec. 3.5 (its pseudo-code is unpublished): yields a SampleState a step. I:
     references (B,V,3,H,W) in [-1,1], ignored where given (B,V) is False; P: B prompts; cameras:
@@ -343,7 +343,7 @@ def lesson():
     Path("out").mkdir(exist_ok=True)
     figure.savefig("out/cycle.png", dpi=80)
     print("wrote out/cycle.png. Try sample(..., carry=False) in lesson: the paper's guidance\n"
-          "alone, of the motion tokens, brought the shipped weights nothing here (13.97 dB).")
+          "alone, of the motion tokens, brings the shipped weights .01 dB here (to 15.18).")
 
 
 if __name__ == "__main__":

@@ -647,8 +647,9 @@ def film(scene, camera, size, stride):
     still = background_colours(size, hit.device)[:, None]
     pseudo = torch.where(hit, colours.movedim(-1, 0), still)
     intrinsics, extrinsics = camera
-    return {"video": video, "pseudo": 2 * pseudo - 1, "scale": scale, "tracks": tracks, "visible": visible,
-            "part": scene["part"][index], "intrinsics": intrinsics[0], "extrinsics": extrinsics[0]}
+    return {"video": video, "pseudo": 2 * pseudo - 1, "scale": scale, "part": scene["part"][index],
+            "tracks": tracks, "visible": visible, "intrinsics": intrinsics[0],
+            "extrinsics": extrinsics[0]}
 
 
 class SyntheticHOI(Scenes):

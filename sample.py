@@ -48,7 +48,7 @@ def parse(arguments=None):
     add("--cameras", type=user_path, help="rig, in the format of --print-cameras")
     add("--weights", type=user_path, default=SHIPPED / "small.pt", help="checkpoint of train.py")
     add("--out", type=user_path, default="out/sample", help="folder to write into")
-    add("--steps", type=int, default=8, help="denoising steps")
+    add("--steps", type=int, default=4, help="denoising steps")
     add("--seed", type=int, default=0, help="of the noise")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     add("--text-scale", type=float, default=1.0, help="guidance on the text, 1 = off")
@@ -212,15 +212,17 @@ def matching_pixels(video, scene):
     patches = F.normalize(patches, dim=-1).unflatten(0, (-1, frames))
     pixel = F.pad(track_grid((height - 6, width - 6), 2) + 2.5, (0, 1), value=1.0)    # (P,3)
     turn = scene["extrinsics"][:, :3, :3].mT @ torch.linalg.inv(scene["intrinsics"])
+    number = torch.arange(len(pixel))
     rays, eyes = pixel @ turn.mT, camera_centres(scene["extrinsics"])         # (V,P,3), (V,3)
     counts = []
     for a, b in combinations(range(len(video)), 2):
         cosine = patches[a] @ patches[b].mT                                   # (N,P,P)
-        mutual = (cosine == cosine.amax(1, True)) & (cosine == cosine.amax(2, True))
+        best, partner = cosine.max(2)                                         # (N,P)
+        mutual = cosine.argmax(1).gather(1, partner) == number
         # A ray of a and the centre of b span a plane: in b's picture a line.
         line = torch.linalg.cross(rays[a], (eyes[a] - eyes[b])[None]) @ turn[b]
         distance = (line @ pixel.mT).abs() / line[:, :2].norm(dim=1, keepdim=True)
-        good = mutual & (cosine > 0.7) & (distance < 1.5)
+        good = mutual & (best > 0.7) & (distance[number, partner] < 1.5)
         counts.append(good.sum() / frames)
     return torch.tensor(counts).mean()
 
