@@ -213,8 +213,9 @@ def count_votes(pseudo, scale, stride):
     across, down = width // stride, height // stride
     pictures = rearrange(pseudo, "v c n h w -> (v n) h w c")
     foreground = pictures[..., 2] > FOREGROUND_THRESHOLD
-    picture, row, column = foreground.nonzero(as_tuple=True)                  # P votes
-    red, green, blue = pictures[foreground].unbind(-1)
+    place = foreground.nonzero(as_tuple=True)                                 # P votes
+    picture, row, column = place
+    red, green, blue = pictures[place].unbind(-1)
     near, far = scale[picture // frames].unbind(-1)
     normalised = (blue - FOREGROUND_BLUE) / (1 - FOREGROUND_BLUE)
     depth = near + (far - near) * normalised.clamp(0, 1)
@@ -222,7 +223,7 @@ def count_votes(pseudo, scale, stride):
     vote = torch.stack([column + 0.5, row + 0.5, depth, one], -1)             # (P, 4)
     # The rim is blended with the background, which spoils the depth: it counts for want of better.
     background = (~foreground).float()
-    rim = F.max_pool2d(background, 3, 1, 1)[foreground]
+    rim = F.max_pool2d(background, 3, 1, 1)[place]
     trust = 1 - 0.98 * rim
     total = torch.zeros(views * frames * down * across, 4, device=pseudo.device)
     anchor = torch.stack([red * across, green * down], -1) - 0.5              # (P, 2) in cells

@@ -203,6 +203,8 @@ class DPA(nn.Module):
         # Only tracks that are ever valid become tokens, or one of a scene that has none.
         seen = valid.any(-1)                                                  # (B, V, K)
         seen[:, 0, 0] |= ~seen.flatten(1).any(1)
+        seen = seen.nonzero(as_tuple=True)                                    # 3 of (R,)
+        batch = seen[0]
         coarse, std = fill_invalid(self.normalise(coarse).transpose(2, 3), valid)
         # The error is largest along the ray, so the network sees it and may answer along it.
         eyes = self.normalise(camera_centres)[:, :, None, None]
@@ -216,7 +218,6 @@ class DPA(nn.Module):
         known = told, valid[..., None], coarse, ray, anchor, frame
         known = torch.cat([part.expand(*valid.shape, -1) for part in known], -1)[seen]
         # Voxels, and curves along z-order and transposed z-order, of all views at each time step
-        batch = seen.nonzero()[:, 0]                                          # (R,)
         group = (batch[:, None] * len(step) + step).flatten()                 # (T,)
         points = self.denormalise(coarse[seen]).flatten(0, 1)                 # (T, 3)
         keys, voxel = voxelize(points, VOXEL, group)

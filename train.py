@@ -73,8 +73,9 @@ def parse(arguments=None):
     add("--size", type=lambda text: tuple(map(int, text.split("x"))), help="HxW, multiples of 16")
     add("--views", type=int, help="cameras")
     add("--frames", type=int, help="frames, 1 + a multiple of 4")
-    add("--steps", type=positive, help="of each stage, in place of the preset's length")
-    add("--minutes", type=positive, help="of the whole command, shared among its stages")
+    length = parser.add_mutually_exclusive_group().add_argument
+    length("--steps", type=positive, help="of each stage, in place of the preset's length")
+    length("--minutes", type=positive, help="of the whole command, shared among its stages")
     add("--batch", type=int, help="scenes a step and process")
     add("--rate", type=positive, help="peak learning rate")
     add("--out", type=user_path, help="run folder, default runs/PRESET")
@@ -361,7 +362,8 @@ def train(arguments=None):
         if saved["stage"] not in settings.stages:
             raise ValueError(f"--resume: expected --stage {saved['stage']}, where {source} is")
         models.load_state_dict(saved["weights"])
-    print(f"from {source} into {settings.out}, on {device.type}", flush=True)
+    if RANK == 0:
+        print(f"from {source} into {settings.out}, on {device.type}", flush=True)
     Attention.fused = settings.fused
     for network in models.children():
         network.checkpointing = settings.checkpointing
