@@ -1,4 +1,5 @@
-"""The closed loop (Sec. 3.5, Alg. 1): scheduler, joint training losses and the sampling loop.
+"""The closed loop (Sec. 3.5, Alg. 1): scheduler, joint training losses and the sampling loop, whose
+step is
 
                   z_V,t, z_Mpv,t  (B,V,C,n,h,w)                    M_t  (B,V,N,K,3)
                         |                                           |
@@ -159,9 +160,9 @@ def draw_guidance(models, tracks, valid, scale, cameras, references, given):
 
 
 def joint_losses(models, batch, given, loop=True, aligned=True):
-    """Alg. 1, one training step: a dict of loss parts whose sum is L = L_MJD + L_DPA. batch: a
-    collated sample dict of data.py (B,V,...); given (B,V) bool: views whose reference is shown.
-    loop=False leaves out line 3, aligned=False lines 5 and 6: the warm-ups of Sec. 4.2."""
+    """Alg. 1, one training step, from a collated sample dict (B,V,...) and given (B,V), views whose
+    reference is shown: a dict of loss parts whose sum is L = L_MJD + L_DPA. loop=False leaves out
+    line 3, aligned=False lines 5 and 6: the warm-ups of Sec. 4.2."""
     vae, mjd, dpa, scheduler = models.vae, models.mjd, models.dpa, models.scheduler
     cameras, P = (batch["intrinsics"], batch["extrinsics"]), batch["prompt"]
     # line 1: s and M_pv, a dense ProjNorm(M), come with the sample; encode (z_V starts with z_I)
@@ -169,26 +170,26 @@ def joint_losses(models, batch, given, loop=True, aligned=True):
     z_V = vae.encode(batch["video"], "video").detach()
     z_Mpv = vae.encode(batch["pseudo"], "motion").detach()
     rays, anchors, eyes, known = conditions(models, cameras, given, z_V.shape[3], I.shape[-2:])
-    # line 2: diffuse all three with one t
+    # line 2: diffuse all three with one t; the paper's is t ~ U(0,1), ours is shifted
     t = scheduler.shifted(torch.rand(len(M), device=M.device))
-    path = scheduler.coefficients(t)
+    coefficients = scheduler.coefficients(t)
     noise_V, noise_Mpv, noise_M = [torch.randn_like(x) for x in (z_V, z_Mpv, M)]
     z_Vt = torch.where(known, z_V, scheduler.add_noise(z_V, noise_V, t))
     z_Mpvt = scheduler.add_noise(z_Mpv, noise_Mpv, t)
     M_t = scheduler.add_noise(M, noise_M, t)
-    # line 3, no gradient, unguided: M~ = G_DPA(M_t, coarse, t), the refined motion guidance z~
+    # line 3: M~ = G_DPA(M_t, coarse, t), drawn as z~; unlike the paper after an unguided MJD pass
     guidance = None
     if loop:
         with torch.no_grad():
-            _, v_Mpv, s_hat = mjd(z_Vt, z_Mpvt, t, path, P, rays, given)
-            clean, _ = scheduler.predict(v_Mpv, z_Mpvt, t)    # the paper reads z_Mpvt: 6-23 cm off
+            _, v_Mpv, s_hat = mjd(z_Vt, z_Mpvt, t, coefficients, P, rays, given)
+            clean, _ = scheduler.predict(v_Mpv, z_Mpvt, t)     # z_Mpvt itself reads 6-23 cm off
             coarse, valid = read_tracks(models, clean, s_hat, cameras)
-            v_M = dpa(M_t, coarse, valid, t, path, anchors, eyes)
+            v_M = dpa(M_t, coarse, valid, t, coefficients, anchors, eyes)
             M_tilde = dpa.denormalise(scheduler.predict(v_M, M_t, t)[0])
             guidance = draw_guidance(models, M_tilde, valid, s_hat, cameras, I, given)
         torch.clear_autocast_cache()     # else torch < 2.10 reuses weights cast without gradient
-    # line 4: (v_V, v_Mpv, s) = G_MJD(z_V,t, z_Mpv,t + z~, z_I, P, t); "+": MJD.embed_guidance
-    v_V, v_Mpv, s_hat = mjd(z_Vt, z_Mpvt, t, path, P, rays, given, guidance)
+    # line 4: (v_V, v_Mpv, s) = G_MJD(z_V,t, z_Mpv,t + z~, z_I, P, t); "+": a learned projection
+    v_V, v_Mpv, s_hat = mjd(z_Vt, z_Mpvt, t, coefficients, P, rays, given, guidance)
     error_V = torch.where(known, 0.0, v_V - scheduler.velocity(z_V, noise_V, t))
     error_Mpv = v_Mpv - scheduler.velocity(z_Mpv, noise_Mpv, t)
     losses = {"video": error_V.square().mean(), "motion": error_Mpv.square().mean()}       # Eq. 3
@@ -198,7 +199,7 @@ def joint_losses(models, batch, given, loop=True, aligned=True):
         clean, _ = scheduler.predict(v_Mpv, z_Mpvt, t)
         coarse, valid = read_tracks(models, clean, s_hat, cameras)
         # line 6: M_bar = G_DPA(M_t, coarse, t); Eq. 4, its Chamfer part on 256 points a time step
-        v_M = dpa(M_t, coarse, valid, t, path, anchors, eyes)
+        v_M = dpa(M_t, coarse, valid, t, coefficients, anchors, eyes)
         M_bar, _ = scheduler.predict(v_M, M_t, t)
         error_M = (v_M - scheduler.velocity(M, noise_M, t)).square().mean((2, 4))
         there = valid.any(2) & batch["visible"].any(2)                        # (B, V, K)
@@ -224,11 +225,11 @@ class SampleState(NamedTuple):
 @torch.no_grad()
 def sample(models, I, given, P, cameras, steps=4, seed=0, loop=True, aligned=True, carry=True,
            text_scale=1.0, eta=0.0, temperature=0.1):
-    """The closed loop of Sec. 3.5 (its pseudo-code is unpublished): yields a SampleState a step. I:
-    references (B,V,3,H,W) in [-1,1], ignored where given (B,V) is False; P: B prompts; cameras:
-    intrinsics, extrinsics (B,V,...). loop=False: no guidance; aligned=False: no DPA either;
-    carry=False: the paper's guidance alone; text_scale: classifier-free guidance; temperature:
-    share of training's noise, since small networks turn what they do not know into noise."""
+    """The closed loop of Sec. 3.5 (its pseudo-code is unpublished; lines: Alg. 1's): yields a
+    SampleState a step. I: references (B,V,3,H,W) in [-1,1], ignored where given (B,V) is False; P:
+    B prompts; cameras: intrinsics, extrinsics (B,V,...). loop=False: no guidance; aligned=False: no
+    DPA either; carry=False: the paper's guidance alone; text_scale: classifier-free guidance;
+    temperature: share of the paper's noise: small networks turn what they do not know into it."""
     vae, mjd, dpa, scheduler = models.vae, models.mjd, models.dpa, models.scheduler
     size, frames = I.shape[-2:], models.config["frames"]
     latent = vae.channels, *vae.latent_size(frames, *size)
@@ -244,11 +245,11 @@ def sample(models, I, given, P, cameras, steps=4, seed=0, loop=True, aligned=Tru
     for t, t_next in zip(times, times[1:]):
         # line 4: the MJD, guided by the step before
         t = t.expand(len(I))
-        path = scheduler.coefficients(t)
+        coefficients = scheduler.coefficients(t)
         z_Vt = torch.where(known, z_I, z_Vt)
-        v_V, v_Mpv, s = mjd(z_Vt, z_Mpvt, t, path, P, rays, given, guidance)
+        v_V, v_Mpv, s = mjd(z_Vt, z_Mpvt, t, coefficients, P, rays, given, guidance)
         if text_scale != 1:
-            plain = mjd(z_Vt, z_Mpvt, t, path, [""] * len(P), rays, given, guidance)
+            plain = mjd(z_Vt, z_Mpvt, t, coefficients, [""] * len(P), rays, given, guidance)
             v_V, v_Mpv, s = [a + text_scale * (b - a) for a, b in zip(plain, (v_V, v_Mpv, s))]
         z_V = torch.where(known, z_I, scheduler.predict(v_V, z_Vt, t)[0])
         z_Mpv, _ = scheduler.predict(v_Mpv, z_Mpvt, t)
@@ -256,16 +257,16 @@ def sample(models, I, given, P, cameras, steps=4, seed=0, loop=True, aligned=Tru
         z_Mpvt = scheduler.step(v_Mpv, z_Mpvt, t, t_next, eta, noise(latent))
         # lines 5 and 6: coarse tracks, aligned by the DPA
         coarse, valid = read_tracks(models, z_Mpv, s, cameras)
-        M_tilde = coarse
+        M_bar = coarse
         if aligned:
-            v_M = dpa(M_t, coarse, valid, t, path, anchors, eyes)
-            M_tilde = dpa.denormalise(scheduler.predict(v_M, M_t, t)[0])
+            v_M = dpa(M_t, coarse, valid, t, coefficients, anchors, eyes)
+            M_bar = dpa.denormalise(scheduler.predict(v_M, M_t, t)[0])
             M_t = scheduler.step(v_M, M_t, t, t_next, eta, noise(points))
-        # line 3: the guidance of the next step
+        # line 3: the guidance z~ of the next step
         if loop and aligned:
-            guidance = draw_guidance(models, M_tilde, valid, s, cameras, I, given)
+            guidance = draw_guidance(models, M_bar, valid, s, cameras, I, given)
             guidance[:, :, 0] *= carry
-        yield SampleState(z_V, z_Mpv, s, coarse, valid, M_tilde, guidance)
+        yield SampleState(z_V, z_Mpv, s, coarse, valid, M_bar, guidance)
 
 
 def moving_psnr(video, truth):

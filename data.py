@@ -10,7 +10,8 @@ of `stride` pixels, in reading order; where that is background, it is never visi
 Units and frames, everywhere in this project
     points, tracks   metres, world frame (the synthetic world: z up, origin on the table)
     depth, scale     metres along the camera's z axis; scale: the range of the visible foreground
-    uv, anchors      pixels; the centre of the top left pixel is (0.5, 0.5)
+    uv, anchors      pixels; the centre of the top left pixel is (0.5, 0.5); the networks get
+                     anchors in [0, 1] of the picture, and points that the DPA has normalised
     cameras          intrinsics (V,3,3) in pixels; extrinsics (V,4,4) world -> camera, OpenCV axes
     video, pseudo    in a sample dict both are in [-1, 1]; what draws and reads tracks: [0, 1]
 
@@ -242,7 +243,7 @@ def count_votes(pseudo, scale, stride):
 
 def pseudo_video_to_tracks(pseudo, scale, intrinsics, extrinsics, stride):
     """Denorm & Unproj: pseudo (V,3,N,H,W) in [0,1] -> tracks (V,N,K,3), and valid (V,N,K), else 0.
-    A track is the mean of its votes, valid where frame 0 has foreground at the cell's centre."""
+    A track is the mean of its votes, valid where it has any, and foreground in frame 0."""
     total = count_votes(pseudo, scale, stride)                                # (V, N, K, 4)
     weight = total[..., 3:]
     mean = total / weight.clamp_min(1e-6)

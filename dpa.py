@@ -26,6 +26,7 @@ from mjd import (Attention, mlp, modulate, posterior_velocity, rms_norm, run_blo
                  timestep_embedding, zero_init)
 
 VOXEL, SCENE_RADIUS = 0.02, 0.1     # metres
+KNOWN = 1 + 3 + 3 + 16 + 12         # of a track in a frame: valid, point, ray, anchor, frame
 GRID_BITS = 17    # 2^17 cells an axis: 82 m of a curve's; 3 x 17 leave 12 bits for the group
 
 
@@ -109,8 +110,8 @@ def fill_invalid(coarse, valid):
     nearest = gap.argmin(-1, keepdim=True)
     seen = valid.any(-1, keepdim=True)[..., None]                             # (..., 1, 1)
     filled = torch.where(seen, coarse.take_along_dim(nearest, -2), 0.0)
-    std = torch.where(seen, 0.7, 1.5)                                         # 0.7 = 7 cm
-    return filled, torch.where(valid[..., None], 0.35, std)
+    std = torch.where(seen, 0.7, 1.5)                         # 7 cm where filled, 15 for a 0
+    return filled, torch.where(valid[..., None], 0.35, std)   # 3.5 cm of what was read
 
 
 def fourier(x, octaves):
@@ -178,8 +179,8 @@ class DPA(nn.Module):
         self.patch = patch
         self.checkpointing = False       # to be switched on at any time
         self.register_buffer("scene_centre", torch.tensor([0.0, 0.0, 0.05]))
-        self.embed_point = nn.Linear(3 + 35, dim)         # of the noisy point and of all that is
-        self.embed_coarse = nn.Linear(35, dim)            # known: valid, point, ray, anchor, frame
+        self.embed_point = nn.Linear(3 + KNOWN, dim)      # the noisy point, and what is known
+        self.embed_coarse = nn.Linear(KNOWN, dim)
         self.embed_time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(),
                                         nn.Linear(dim, dim), nn.SiLU())
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
@@ -194,32 +195,32 @@ class DPA(nn.Module):
         """Inverse of `normalise`: (..., 3) -> world, metres."""
         return points.float() * SCENE_RADIUS + self.scene_centre
 
-    def forward(self, noisy, coarse, valid, t, path, anchors, camera_centres):
+    def forward(self, noisy, coarse, valid, t, coefficients, anchors, camera_centres):
         """Velocity v of Eq. 4 (B,V,N,K,3), float32 and normalised, as is noisy (B,V,N,K,3), M_t.
-        coarse (B,V,N,K,3) world, metres, anything where valid (B,V,N,K) is False; t (B,); path: see
-        mjd.py's glossary; anchors (K,2) in [0,1] of the picture; camera_centres (B,V,3) world."""
+        coarse (B,V,N,K,3) world, metres, anything where valid (B,V,N,K) is False; t (B,), its
+        coefficients: mjd.py's glossary; anchors (K,2) in [0,1]; camera_centres (B,V,3) world."""
         noisy = noisy.transpose(2, 3)                                         # (B, V, K, N, 3)
         valid = valid.transpose(2, 3)                                         # (B, V, K, N)
         # Only tracks that are ever valid become tokens, or one of a scene that has none.
         seen = valid.any(-1)                                                  # (B, V, K)
         seen[:, 0, 0] |= ~seen.flatten(1).any(1)
-        seen = seen.nonzero(as_tuple=True)                                    # 3 of (R,)
-        batch = seen[0]
+        slots = seen.nonzero(as_tuple=True)                                   # 3 of (R,)
+        batch = slots[0]
         coarse, std = fill_invalid(self.normalise(coarse).transpose(2, 3), valid)
         # The error is largest along the ray, so the network sees it and may answer along it.
         eyes = self.normalise(camera_centres)[:, :, None, None]
         ray = F.normalize(coarse - eyes, dim=-1)                              # (B, V, K, N, 3)
-        alpha, sigma = [value.view(-1, 1, 1, 1, 1) for value in path[:2]]
+        alpha, sigma = [value.view(-1, 1, 1, 1, 1) for value in coefficients[:2]]
         variance = (alpha * std) ** 2 + sigma ** 2
         told = alpha * std * (noisy - alpha * coarse) / variance      # by M_t, in deviations
         anchor = fourier(anchors, 4)[:, None]                                 # (K, 1, 16)
         step = torch.arange(valid.shape[-1], device=t.device)                 # (N,)
         frame = fourier(step[:, None] / 64, 6)                                # (N, 12)
         known = told, valid[..., None], coarse, ray, anchor, frame
-        known = torch.cat([part.expand(*valid.shape, -1) for part in known], -1)[seen]
+        known = torch.cat([part.expand(*valid.shape, -1) for part in known], -1)[slots]
         # Voxels, and curves along z-order and transposed z-order, of all views at each time step
         group = (batch[:, None] * len(step) + step).flatten()                 # (T,)
-        points = self.denormalise(coarse[seen]).flatten(0, 1)                 # (T, 3)
+        points = self.denormalise(coarse[slots]).flatten(0, 1)                 # (T, 3)
         keys, voxel = voxelize(points, VOXEL, group)
         voxels = voxel, voxel_neighbours(keys)
         curves = [serialize(points, group, self.patch),
@@ -227,16 +228,16 @@ class DPA(nn.Module):
         # Beyond the paper, a noisy point brings its coarse one: cross-attention alone does worse.
         x = self.embed_point(known)                                           # (R, N, D)
         context = rms_norm(self.embed_coarse(known[..., 3:]))
-        mask = F.pad(valid[seen], (0, len(step)), value=1)[:, None, None]     # (R, 1, 1, 2 N)
+        mask = F.pad(valid[slots], (0, len(step)), value=1)[:, None, None]     # (R, 1, 1, 2 N)
         time = self.embed_time(timestep_embedding(t[batch], x.shape[-1]))[:, None]
         for i, block in enumerate(self.blocks):
             curve = curves[i % 2]
             x = run_block(block, self.checkpointing, x, time, context, mask, voxels, curve)
         shift, scale = self.modulation(time).chunk(2, -1)
         answer = coarse.new_zeros(*valid.shape, 4)               # deviations: xyz, along the ray
-        answer[seen] = self.head(modulate(x, shift, scale)).float()
+        answer[slots] = self.head(modulate(x, shift, scale)).float()
         estimate = coarse + std * (answer[..., :3] + answer[..., 3:] * ray)
-        return posterior_velocity(estimate, std, noisy, path).transpose(2, 3)
+        return posterior_velocity(estimate, std, noisy, coefficients).transpose(2, 3)
 
 
 def chamfer_distance(a, b):
@@ -275,7 +276,7 @@ def lesson(steps=120):
         clean, noise = dpa.normalise(truth), torch.randn_like(truth)
         noisy = torch.lerp(clean, noise, t.view(-1, 1, 1, 1, 1))       # (1 - t) M + t eps
         one = torch.ones_like(t)
-        velocity = dpa(noisy, t=t, path=(1 - t, t, -one, one), **scene)
+        velocity = dpa(noisy, t=t, coefficients=(1 - t, t, -one, one), **scene)
         loss = F.mse_loss(velocity, noise - clean)            # Eq. 4, but for the Chamfer distance
         optimizer.zero_grad()
         loss.backward()

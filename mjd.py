@@ -16,13 +16,14 @@
                            MLP
           heads, last convolution  <-- guidance
                               |
+          clean estimates, by `posterior_velocity` to
           velocity of z_V, velocity of z_Mpv  (B,V,C,n,h,w)     scale s (B,V,2)
 
 Glossary
     B batch    V views    N frames    H W pixels    K tracks of a view    L text tokens    D width
     n latent frames = 1 + (N-1)/r_n    h w latent grid    C latent channels
     T tokens of a view    p tokens of a latent frame = h w / 4    t time in [0,1], 1 = noise
-    path: alpha, sigma and their derivatives by t of z_t = alpha z_0 + sigma z_1, each (B,)
+    coefficients: alpha, sigma and their derivatives by t of z_t = alpha z_0 + sigma z_1, (B,) each
 Run `python mjd.py` for the paper's 9,100 tokens and who attends to whom (out/mjd.png).
 """
 
@@ -134,11 +135,12 @@ def run_block(block, checkpointing, *arguments):
     return block(*arguments)
 
 
-def posterior_velocity(estimate, deviation, noisy, path):
+def posterior_velocity(estimate, deviation, noisy, coefficients):
     """Eq. 1's velocity E[dz_t/dt | z_t], z_0 being normal around the estimate (B,...): near noise
-    the estimate counts, near t = 0 the noisy z_t. Small networks learn z_0 sooner."""
+    the estimate counts, near t = 0 the noisy z_t. The paper's heads tell the velocity; small
+    networks learn z_0 sooner."""
     shape = [-1] + [1] * (noisy.ndim - 1)
-    alpha, sigma, alpha_dot, sigma_dot = [value.view(shape) for value in path]
+    alpha, sigma, alpha_dot, sigma_dot = [value.view(shape) for value in coefficients]
     variance = (alpha * deviation) ** 2 + sigma ** 2                          # of z_t
     surprise = (noisy - alpha * estimate) / variance
     clean = estimate + alpha * deviation ** 2 * surprise                      # E[z_0 | z_t]
@@ -330,7 +332,7 @@ class MJD(nn.Module):
         self.text = TextEncoder(dim, text_tokens)
         pixels = channels * PATCH ** 2
         self.embed = Pair(pixels, dim)
-        # Motion: z~, which the paper adds to z_Mpv,t (Alg. 1, line 4), ambiguous where t is low.
+        # Motion: z~. The paper adds it to z_Mpv,t (Alg. 1, line 4), hard to tell apart then.
         # Video, beyond the paper: the references carried along the tracks.
         self.embed_guidance = zero_init(Pair(pixels, dim))
         # Beyond the paper: z_I for the tokens of all frames, each pixel's place beside its ray.
@@ -349,10 +351,10 @@ class MJD(nn.Module):
         self.last = nn.Sequential(conv(2 * both, both), nn.SiLU(), zero_init(conv(both, both)))
         self.register_buffer("scale_centre", torch.tensor([0.5, 0.8]))        # set by train.py
 
-    def forward(self, video, motion, t, path, prompts, rays, given, guidance=None):
+    def forward(self, video, motion, t, coefficients, prompts, rays, given, guidance=None):
         """One joint estimate: velocities of both latents (B,V,C,n,h,w) and scale (B,V,2) in metres.
         video: z_V,t, with the clean z_I in latent frame 0 of the views that are given, (B,V) bool;
-        motion: z_Mpv,t; t (B,); path: see the glossary; prompts: B str; rays (B,V,6,H,W), Pluecker;
+        motion: z_Mpv,t; t (B,), coefficients: glossary; prompts: B str; rays (B,V,6,H,W), Pluecker;
         guidance (B,V,2,C,n,h,w) or None: [:, :, 1] is z~ of Alg. 1 line 3, for motion tokens."""
         frames, height, width = video.shape[3:]
         noisy = torch.stack([video, motion], 2)                               # (B,V,2,C,n,h,w)
@@ -370,14 +372,15 @@ class MJD(nn.Module):
             x = x + self.embed_guidance(patchify(guidance))                   # (B, V, 2, n p, D)
         special = self.special.to(rays) + rays.mean(2, keepdim=True)          # (B, V, 8, D)
         x = torch.cat([special, x.flatten(2, 3)], 2)                          # (B, V, T, D)
-        # Four kinds of tokens, a row of modulation for each: first video frame (at t = 0 if its
-        # reference is given), later ones; with weights of their own, motion; scale and register.
+        # A row of modulation for each kind of token: 0 first video frame (at t = 0 if its reference
+        # is given), 1 later video; by motion's own weights: 2 motion, 3 scale and register.
         time = t[:, None, None] * ~F.pad(given[..., None], (0, 3))            # (B, V, 4)
         features = self.time(timestep_embedding(time, 256))                   # (B, V, 4, D)
         rows = self.time_rows(features.unflatten(2, (2, 2))).flatten(2, 3)    # (B, V, 4, 6D)
         places = height * width // PATCH ** 2
         counts = torch.tensor([SPECIAL, places, (frames - 1) * places, frames * places])
-        choice = F.one_hot(torch.tensor([3, 0, 1, 2]).repeat_interleave(counts)).to(x)  # (T, 4)
+        kinds = torch.tensor([3, 0, 1, 2]).repeat_interleave(counts)          # (T,)
+        choice = F.one_hot(kinds).to(x)                                       # (T, 4)
         turn = rotary(frames, height // PATCH, width // PATCH, self.head_dim).to(x)
         text, mask = self.text(prompts)
         for block in self.blocks:
@@ -393,8 +396,8 @@ class MJD(nn.Module):
         pictures = rearrange(torch.cat([clean, shown], 2), "b v k c n h w -> (b v n) (k c) h w")
         seams = self.last(pictures)
         seams = rearrange(seams, "(b v n) (k c) h w -> b v k c n h w", b=len(video), k=2, n=frames)
-        v_V, v_Mpv = posterior_velocity(clean + seams, self.deviation, noisy, path).unbind(2)
-        return v_V, v_Mpv, self.scale_centre + self.scale_unit * s
+        velocity = posterior_velocity(clean + seams, self.deviation, noisy, coefficients)
+        return *velocity.unbind(2), self.scale_centre + self.scale_unit * s
 
 
 def patchify(latents):

@@ -115,13 +115,13 @@ def read_rig(path, models):
         raise ValueError(f"--cameras: expected {wanted}, got {path}: {error!r:.150}") from None
 
 
-def generate(models, scene, one=False, axis=0, **options):
-    """The closed loop (Sec. 3.5) from frame 0 of all views or one, the middle; axis=1: each alone.
+def generate(models, scene, one=False, alone=False, **options):
+    """The closed loop (Sec. 3.5) from frame 0 of all views or one, the middle; alone: one by one.
     Video, motion (V,3,N,H,W), tracks (V,N,K,3) m, valid (V,N,K), scale (V,2) m, given (V,)."""
     I = scene["video"][:, :, 0]
     given = (torch.arange(len(I)) == len(I) // 2) | (not one)
     inputs = I, given, scene["intrinsics"], scene["extrinsics"]
-    I, given, *cameras = [x.unsqueeze(axis).to(models.device) for x in inputs]
+    I, given, *cameras = [x.unsqueeze(int(alone)).to(models.device) for x in inputs]
     with torch.autocast(models.device.type, torch.bfloat16, enabled=use_bf16(models.device)):
         for state in sample(models, I, given, len(I) * [scene["prompt"]], cameras, **options):
             pass
@@ -139,7 +139,7 @@ def answer(models, settings):
     *cameras, names = read_rig(settings.cameras, models)
     views, count = len(names), len(settings.ref)
     if count not in (1, views):
-        expected = f"1 picture (of the middle view) or {views} (one a view, left to right)"
+        expected = f"1 picture (of the middle view) or {views} (one a view, from the person's left)"
         raise ValueError(f"--ref: expected {expected}, got {count}: add or leave out some")
     references = torch.stack([read_picture(path, size) for path in settings.ref * (views // count)])
     scene = {"video": references[:, :, None], "names": names, "prompt": settings.prompt}
@@ -196,7 +196,7 @@ def write_results(result, out, mp4):
 
 OPEN, FULL, ONE = "DPA, no loop", "closed loop (full)", "one reference: "
 SINGLE, JOINT = "one view at a time", "joint motion (MJD), no DPA"
-ROWS = {SINGLE: {"axis": 1, "aligned": False}, JOINT: {"aligned": False}, OPEN: {"loop": False}}
+ROWS = {SINGLE: {"alone": True, "aligned": False}, JOINT: {"aligned": False}, OPEN: {"loop": False}}
 ROWS |= {"closed loop, the paper's guidance alone": {"carry": False}, FULL: {}}
 ROWS |= {ONE + OPEN: {"one": True, "loop": False}, ONE + FULL: {"one": True}}  # options of generate
 
@@ -284,7 +284,7 @@ def action_trials(models, options, dataset, index):
     tool, _, target = dataset[index]["prompt"][1:-1].split(", ")
     scenes = [dataset.scene(index, action) for action in dataset.actions(tool, target)]
     for number, scene in enumerate(scenes):
-        result = made(models, scene, JOINT, options)
+        result = made(models, scene, FULL, options)
         errors = []
         for other in scenes:
             seen = other["visible"] & result["valid"].any(1, keepdim=True)
@@ -350,7 +350,7 @@ def run(settings):
         settings.out.mkdir(parents=True, exist_ok=True)             # before the work, not after it
         known = [f"<{tool}, {action}, {target}>" for action, tool, target in TRIPLETS]
         if models.config["data"] == "synthetic" and settings.prompt not in known:
-            print("note: not a <tool, action, target> that the world knows:", settings.prompt)
+            print("note: not a <tool, action, target> of the world (README, Use):", settings.prompt)
         try:
             command = [imageio_ffmpeg.get_ffmpeg_exe(), "-encoders"]
             mp4 = b"libx264" in subprocess.run(command, capture_output=True).stdout

@@ -291,7 +291,7 @@ def arguments_of(kind):
         shapes = dict(noisy=(2, 3, 4, 20, 3), coarse=(2, 3, 4, 20, 3), anchors=(20, 2),
                       camera_centres=(2, 3, 3))
         found = dict(t=torch.ones(2), valid=torch.rand(2, 3, 4, 20) > 0.7)
-    found["path"] = cycle.DDIMScheduler("flow").coefficients(found["t"])
+    found["coefficients"] = cycle.DDIMScheduler("flow").coefficients(found["t"])
     return found | {key: torch.randn(shape) for key, shape in shapes.items()}
 
 
@@ -368,7 +368,8 @@ class TestNetworks:
         arguments["coarse"][~arguments["valid"]] = torch.nan
         assert close(models.dpa(**arguments), before, 1e-4)
         alone = {key: value[1:] for key, value in arguments.items()}
-        alone |= dict(anchors=arguments["anchors"], path=[x[1:] for x in arguments["path"]])
+        alone["anchors"] = arguments["anchors"]
+        alone["coefficients"] = [x[1:] for x in arguments["coefficients"]]
         assert close(models.dpa(**alone), before[1:], 1e-4)
 
     def test_under_autocast_blocks_receive_bf16(self, models, batch):
@@ -667,7 +668,7 @@ class TestPrograms:
         assert found["psnr_moving"] == math.inf and found["pi"] == 100
         assert found["rpe"] == found["mv_rpe"] == found["tracks_cm"] == 0
         left, right = scene["video"]
-        result["video"] = torch.stack([left, right.flip(-2)])                # off the epipolar lines
+        result["video"] = torch.stack([left, right.flip(-2)])               # off the epipolar lines
         result["tracks"] = scene["tracks"] + 0.01
         worse = sample.scores(result, scene)
         assert worse["tracks_cm"] == pytest.approx(3 ** 0.5)

@@ -3,7 +3,7 @@
     python train.py --stage all                   # everything, from nothing, into runs/small
     python train.py --stage joint                 # Alg. 1, from the weights that there are
     python train.py --stage all --resume          # go on where a stopped run was
-    torchrun --nproc_per_node=8 train.py --preset taco --data taco ...         # sharded (FSDP2)
+    torchrun --nproc_per_node=8 train.py --stage all --preset taco --data taco ...     # FSDP2
 
 Stages: vae (then frozen), base (single-view MJD, no loop), dpa (on the MJD's estimates), joint
 (Alg. 1). A run folder has checkpoint.pt, weights.pt for sample.py, log.jsonl and samples val_*.png.
