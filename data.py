@@ -37,6 +37,7 @@ from einops import rearrange, repeat
 
 FOREGROUND_BLUE = 0.3        # blue of the nearest point; the background's is 0
 FOREGROUND_THRESHOLD = 0.15  # half way: a decoded pixel with more blue than this is foreground
+DISC = 0.5                   # pixels: the radius of a point, where points are dense
 NEAREST = 1e-3               # metres of depth: what is nearer, or behind the camera, is not drawn
 
 
@@ -179,6 +180,27 @@ def tracks_to_pseudo_video(tracks, visible, intrinsics, extrinsics, size, scale=
     still = background_colours(size, tracks.device)[:, None]
     pseudo = torch.where(hit[:, None], colours.movedim(-1, 1), still)
     return pseudo, scale
+
+
+def tracks_on_grid(points, pseudo, scale, camera, stride):
+    """Tracks (1,N,K,3) and visible (1,N,K) of one camera, picked on its grid from moving points
+    (1,N,P,3) that cover all surfaces; pseudo, scale: their pseudo video, in [0,1]."""
+    # The cells of the grid are the pixels of a picture `stride` times smaller.
+    size = pseudo.shape[-2:]
+    uv, depth = project(points[:, :1], *camera)
+    cells = [side // stride for side in size]
+    first = splat(uv / stride, depth, True, cells, DISC / stride)
+    track, found = [part.flatten() for part in first]                         # (K,)
+    tracks = torch.where(found[:, None], points[:, :, track], 0.0)            # (1, N, K, 3)
+    # Visible: in the picture, and hardly deeper than what the pixel shows.
+    uv, depth = project(tracks, *camera)
+    blue = anchor_colours(uv, depth, scale, size)[..., 2]
+    place = 2 * uv / uv.new_tensor(size[::-1]) - 1
+    shown = F.grid_sample(pseudo[0, 2, :, None], place[0, :, None], "nearest", "zeros", False)
+    behind = blue - shown[:, 0, 0]
+    visible = found & (behind < 2 / size[0])
+    visible[:, 0] = found
+    return tracks, visible
 
 
 def references_along_tracks(tracks, visible, intrinsics, extrinsics, references, given):
@@ -453,7 +475,8 @@ def motion(action, target, draw, frames):
     heading = draw(.15, .45)
     phase = torch.linspace(0, 1, frames)[:, None]
     still = 0 * phase
-    # The tip's way (m); the tool's turns up, to the left, about its handle, the target's turn.
+    # The tip's way (m); the tool's turns up, to the left, about its handle, the target's turn: each
+    # begins at 0, so that frame 0 is the same.
     forward = left = pitch = yaw = spin = turn = still
     go = (math.pi / 2 * (4 * phase).clamp(max=1)).sin()      # under way from a quarter on
     wave = 2 * math.pi * phase
@@ -491,7 +514,7 @@ def motion(action, target, draw, frames):
     tip = base + forward * ahead + left * aside
     tip = tip + (height + .04 + up) * upwards
     above = spin.cos() * upwards + spin.sin() * aside
-    tool = affine(.01 * axes_along(axis, above), tip - .15 * axis)
+    tool = affine(.01 * axes_along(axis, above), tip - .15 * axis)    # 15 cm from the grip
     away = torch.cat([-turn.sin(), turn.cos(), still], -1)
     return tool, affine(unit * axes_along(upwards, away), base)
 
@@ -727,7 +750,7 @@ class SyntheticHOI(Scenes):
 # ------------------------------------------------------------------------------------------ TACO
 
 TACO_UNSEEN = r"\((.+, )?(hammer|measure),"      # action or tool of "unseen": the paper's examples
-DISC, DENSITY = 0.5, 16                # pixels, and points of surface for a pixel of the picture
+DENSITY = 16                           # points of surface for a pixel of the picture
 PICKLE_SAFE = """torch._utils._rebuild_tensor_v2 torch._utils._rebuild_parameter numpy.ndarray
     numpy.dtype numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct
     numpy.core.numeric._frombuffer numpy._core.numeric._frombuffer collections.OrderedDict
@@ -975,27 +998,8 @@ class TACO(Scenes):
         outside = changes[~moves].mean()
         if inside < 2.5 * outside:                                   # 10 times, if all is well
             raise ValueError(f"wrong calibration: meshes move apart from {path}")
-        tracks, visible = self.carried(points, pseudo, scale, camera)
+        tracks, visible = tracks_on_grid(points, pseudo, scale, camera, self.stride)
         return video[None], 2 * pseudo - 1, scale, tracks, visible, intrinsics, extrinsics
-
-    def carried(self, points, pseudo, scale, camera):
-        """Tracks (1,N,K,3) and visible (1,N,K) of one camera, among its points (1,N,P,3)."""
-        # The cells of the grid are the pixels of a picture `stride` times smaller.
-        uv, depth = project(points[:, :1], *camera)
-        cells = [side // self.stride for side in self.size]
-        first = splat(uv / self.stride, depth, True, cells, DISC / self.stride)
-        track, found = [part.flatten() for part in first]                        # (K,)
-        tracks = torch.where(found[:, None], points[:, :, track], 0.0)           # (1, N, K, 3)
-        # Visible: in the picture, and hardly deeper than what the pixel shows.
-        uv, depth = project(tracks, *camera)
-        blue = anchor_colours(uv, depth, scale, self.size)[..., 2]
-        place = 2 * uv / uv.new_tensor(self.size[::-1]) - 1
-        shown = F.grid_sample(pseudo[0, 2, :, None], place[0, :, None], "nearest", "zeros", False)
-        behind = blue - shown[:, 0, 0]
-        visible = found & (behind < 2 / self.size[0])
-        visible[:, 0] = found
-        return tracks, visible
-
 
 # --------------------------------------------------------------------------------------- lesson
 

@@ -112,6 +112,7 @@ def read_rig(path, models):
         return intrinsics, extrinsics, [view["name"] for view in views]
     except Exception as error:
         wanted = "a rig of --print-cameras (world -> camera, OpenCV axes, metres; pixels)"
+        path = path or "those of the checkpoint"
         raise ValueError(f"--cameras: expected {wanted}, got {path}: {error!r:.150}") from None
 
 

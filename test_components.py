@@ -548,7 +548,7 @@ BAD = {
     run: """--steps -1;--size 30x40;--frames 4;--rate nan;--steps 9 --rate 1e30;--batch 1.5
         ;--scenes -1;--resume;--out FILE;--data taco;--data taco --data-root /no --mano-dir /no
         ;--data nothing:Here;--out ../trained --preset small;--out ../trained --stage all
-        ;--out ../trained --stage vae --resume""",
+        ;--out ../trained --stage vae --resume;--out ../trained --resume --views 1""",
     shoot: """--ref none.png;--ref FILE;--ref NAN.tiff;--ref REF REF REF;--prompt=;--out FILE
         ;--prompt a,b,c,d,e,f,g,h,i,j,k,l,m,n,o,p;--text-scale nan;--eta 2;--cameras FILE
         ;--weights FILE;--weights none.pt;--scenes 0"""}
@@ -583,6 +583,7 @@ class TestPrograms:
 
     @each("fault, flags, word", [
         (spoiled("pseudo", torch.Tensor.abs), "--data data:Spoiled", "pseudo"),
+        (spoiled("tracks", lambda x: 100 * x), "--data data:Spoiled", "pixels off"),      # cm
         (spoiled("scale", lambda x, good=iter([1]): x * next(good, math.nan)),
          "--data data:Spoiled", "data .*scale"),
         ((train, "DataLoader", Mock(side_effect=RuntimeError("Bus error"))),

@@ -29,7 +29,8 @@ from torch.utils.data import DataLoader
 
 from cycle import (SHIPPED, Models, fold, joint_losses, load_models, moving_psnr, pick_device,
                    positive, run_program, sample, single_views, use_bf16, user_path)
-from data import FOREGROUND_THRESHOLD, TACO, SyntheticHOI, camera_rig, film_strip
+from data import (FOREGROUND_THRESHOLD, TACO, SyntheticHOI, camera_rig, film_strip, project,
+                  track_grid)
 from mjd import Attention
 
 STAGES = {"vae": ["vae"], "base": ["mjd"], "dpa": ["dpa"], "joint": ["mjd", "dpa"]}   # trains what
@@ -42,19 +43,19 @@ WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
 # Sizes, distinct scenes (0: no limit), peak rates and lengths of stages (the hour of two CPU cores)
 TINY = dict(size=(32, 48), frames=5, views=2, stride=4, batch=2, scenes=16, compile=False,
             checkpointing=False, rates=dict(vae=1e-3, mjd=1e-3, dpa=3e-3), unit="steps",
-            lengths=dict(vae=40, base=40, dpa=40, joint=40),
+            lengths=dict(vae=40, base=40, dpa=40, joint=40), path="flow",
             vae=dict(strides=(4, 8, 8), channels=8, widths=(16, 32), depth=1),
             mjd=dict(dim=64, heads=2, depth=2, hidden=128, text_tokens=16),
             dpa=dict(dim=32, depth=2, heads=2, patch=32))
 SMALL = dict(size=(64, 96), frames=13, views=3, stride=4, batch=4, scenes=800, compile=True,
              checkpointing=False, rates=dict(vae=1e-3, mjd=8e-4, dpa=2e-3), unit="minutes",
-             lengths=dict(vae=10, base=12, dpa=4, joint=30),
+             lengths=dict(vae=10, base=12, dpa=4, joint=30), path="flow",
              vae=dict(strides=(4, 8, 8), channels=96, widths=(96, 144), depth=2),
              mjd=dict(dim=320, heads=5, depth=6, hidden=832, text_tokens=16),
              dpa=dict(dim=96, depth=3, heads=2, patch=128))
 LARGE = dict(size=(256, 384), frames=25, views=3, stride=8, batch=1, scenes=0, compile=True,
              checkpointing=True, rates=dict(vae=5e-4, mjd=2e-4, dpa=5e-4), unit="steps",
-             lengths=dict(vae=50_000, base=40_000, dpa=20_000, joint=60_000),
+             lengths=dict(vae=50_000, base=40_000, dpa=20_000, joint=60_000), path="flow",
              vae=dict(strides=(4, 8, 8), channels=48, widths=(128, 256), depth=3),
              mjd=dict(dim=768, heads=12, depth=16, hidden=3072, text_tokens=16),
              dpa=dict(dim=192, depth=6, heads=6, patch=128))
@@ -130,7 +131,14 @@ def make_dataset(settings, split):
         inside = key not in ("video", "pseudo") or -1.001 < low < -0.2 and high < 1.001
         if got != wanted or not inside or not found.isfinite().all():
             got += f", {low:.2f} to {high:.2f}"
-            raise ValueError(f"--data: expected {wanted}, finite, videos in [-1,1], got {got}")
+            wanted += ", finite, videos in [-1,1] and with values under -0.2"
+            raise ValueError(f"--data: expected {wanted}, got {got}")
+    uv, _ = project(own["tracks"][:, 0], own["intrinsics"], own["extrinsics"])
+    apart = (uv - track_grid(settings.size, settings.stride)).norm(dim=-1)
+    apart = apart[own["visible"][:, 0]]
+    if not (apart < settings.stride).all():
+        raise ValueError("--data: expected track k in cell k of frame 0 (tracks in metres, cameras "
+                         f"world -> camera), got one {apart.max():.0f} pixels off")
     return dataset
 
 
@@ -188,14 +196,17 @@ def load(settings):
     checkpoint, source = settings.out / "checkpoint.pt", SHIPPED / f"{settings.preset}.pt"
     if settings.stage == "all" and checkpoint.exists() and not settings.resume:
         raise ValueError(f"--stage all: found {checkpoint}: give --resume, or another --out")
-    networks = {name: getattr(settings, name) for name in ("vae", "mjd", "dpa")}
+    wanted = {name: getattr(settings, name) for name in ("vae", "mjd", "dpa", "path")}
+    if settings.resume:
+        wanted |= settings.shape
     if settings.resume or checkpoint.exists():
         source = checkpoint
     elif not source.exists() or settings.stages[0] == "vae":
-        return Models(networks | dict(path="flow", trained=[])), "new weights"
+        return Models(wanted | dict(trained=[])), "new weights"
     models = load_models(source)                        # the average
-    if models.config | networks != models.config:
-        raise ValueError(f"{source} is not of this --preset: give another --out")
+    if models.config | wanted != models.config:
+        raise ValueError(f"{source}: expected networks, path and (with --resume) --size, --views, "
+                         "--frames as they were: repeat them, or give another --out")
     return models, source
 
 
