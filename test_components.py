@@ -581,6 +581,17 @@ class TestPrograms:
         weights = torch.load("out/checkpoint.pt")["weights"]
         assert torch.equal(weights["mjd.modality"], average["mjd.modality"])
 
+    def test_each_flag_changes_the_result(self, monkeypatch):
+        monkeypatch.setattr(train, "validate", Mock())
+        flags = ["", "--size 48x48", "--views 1", "--frames 9", "--batch 3", "--rate 1e-5",
+                 "--seed 1", "--scenes 2", "--precision bf16", "--steps 3"]
+        results = set()
+        for flag in flags:
+            assert run("out", f"--stage base --steps 2 {flag}") == 0
+            results.add(torch.load("out/checkpoint.pt")["average"]["mjd.special"].sum().item())
+            shutil.rmtree("out")
+        assert len(results) == len(flags), results
+
     @each("fault, flags, word", [
         (spoiled("pseudo", torch.Tensor.abs), "--data data:Spoiled", "pseudo"),
         (spoiled("tracks", lambda x: 100 * x), "--data data:Spoiled", "pixels off"),      # cm
