@@ -316,6 +316,8 @@ def evaluate(models, settings):
     shape = {key: models.config[key] for key in ("size", "frames", "views", "stride")}
     folders = settings.data_root, settings.mano_dir
     dataset = TACO(*folders, split, **shape) if source == "taco" else SyntheticHOI(split, **shape)
+    if len(dataset) == 0:
+        raise ValueError(f"--split: expected one that has scenes, got {split}")
     found = {name: [] for name in [*ROWS, "baseline", "ceiling"]}
     trials = []
     for index in range(min(settings.scenes, len(dataset))):

@@ -76,6 +76,7 @@ class Hostile(str):
 TREE = ["(hammer, spoon, bowl)/019", "(pour in some, cup, bowl)/020", "(stir, ruler, box)/021",
         "(stir, spoon, pan)/022", "(stir, spoon, cup)/023", "(stir, spoon, toy)/024"]
 PARTS = "Hand_Poses", "Object_Poses", "Allocentric_Camera_Parameters", "Allocentric_RGB_Videos"
+VALIDATE = train.validate
 PARENTS = [2 ** 32 - 1, 0, 1, 2, 0, 4, 5, 0, 7, 8, 0, 10, 11, 0, 13, 14]
 Ch, csc_matrix = [type(name, (SimpleNamespace,), {}) for name in ("Ch", "csc_matrix")]
 
@@ -686,7 +687,8 @@ class TestPrograms:
         assert worse["tracks_cm"] == pytest.approx(3 ** 0.5)
         assert worse["matching_pixels"] < found["matching_pixels"]
 
-    def test_taco_trains_samples_and_is_evaluated(self, tree):
+    def test_taco_trains_samples_and_is_evaluated(self, monkeypatch, tree):
+        monkeypatch.setattr(train, "validate", VALIDATE)                     # nothing is held out
         source = f"--data taco --data-root {tree} --mano-dir {tree}"
         assert run("out", f"--steps 2 --views 3 --batch 2 {source}") == 0
         flags = "--weights out/weights.pt --steps 1 --scenes 1 --json eval.json"
@@ -699,6 +701,7 @@ class TestPrograms:
         table = json.loads(Path("eval.json").read_text())["unseen"]
         assert table["baseline"]["tracks_cm_ci"] is None                     # of one scene
         assert call(sample, f"{flags} --eval") == 2                          # not without the data
+        assert call(sample, f"{flags} --eval --split val {source}") == 2
 
     @each("start, flags", [(start, flags) for start in BAD for flags in BAD[start].split(";")])
     def test_bad_input_costs_one_line(self, capsys, start, flags):

@@ -323,7 +323,7 @@ def validate(settings, models, stage, step):
     """Held-out scenes: a picture (truth, then the sample), dB of moving pixels and cm of tracks,
     each beside what a still first frame gives."""
     dataset = make_dataset(settings, "val")
-    if len(dataset) == 0:                     # a small part of TACO may have nothing held out
+    if len(dataset) == 0:
         return
     batch = next(batches(dataset, 4, 0, models.device))
     truth, tracks = batch["video"], batch["tracks"]
