@@ -206,7 +206,7 @@ def load(settings):
     models = load_models(source)                        # the average
     if models.config | wanted != models.config:
         raise ValueError(f"{source}: expected networks, path and (with --resume) --size, --views, "
-                         "--frames as they were: repeat them, or give another --out")
+                         "--frames as they were: repeat them, or --stage all with a new --out")
     return models, source
 
 
