@@ -1001,6 +1001,7 @@ class TACO(Scenes):
         tracks, visible = tracks_on_grid(points, pseudo, scale, camera, self.stride)
         return video[None], 2 * pseudo - 1, scale, tracks, visible, intrinsics, extrinsics
 
+
 # --------------------------------------------------------------------------------------- lesson
 
 def film_strip(clip, columns):

@@ -220,7 +220,7 @@ class DPA(nn.Module):
         known = torch.cat([part.expand(*valid.shape, -1) for part in known], -1)[slots]
         # Voxels, and curves along z-order and transposed z-order, of all views at each time step
         group = (batch[:, None] * len(step) + step).flatten()                 # (T,)
-        points = self.denormalise(coarse[slots]).flatten(0, 1)                 # (T, 3)
+        points = self.denormalise(coarse[slots]).flatten(0, 1)                # (T, 3)
         keys, voxel = voxelize(points, VOXEL, group)
         voxels = voxel, voxel_neighbours(keys)
         curves = [serialize(points, group, self.patch),
@@ -228,7 +228,7 @@ class DPA(nn.Module):
         # Beyond the paper, a noisy point brings its coarse one: cross-attention alone does worse.
         x = self.embed_point(known)                                           # (R, N, D)
         context = rms_norm(self.embed_coarse(known[..., 3:]))
-        mask = F.pad(valid[slots], (0, len(step)), value=1)[:, None, None]     # (R, 1, 1, 2 N)
+        mask = F.pad(valid[slots], (0, len(step)), value=1)[:, None, None]    # (R, 1, 1, 2 N)
         time = self.embed_time(timestep_embedding(t[batch], x.shape[-1]))[:, None]
         for i, block in enumerate(self.blocks):
             curve = curves[i % 2]
