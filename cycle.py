@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from einops import rearrange, repeat
 from torch import nn
+from torch.utils.data import default_collate
 
 from data import (SyntheticHOI, camera_centres, disc_radius, film_strip, plucker_rays,
                   pseudo_video_to_tracks, references_along_tracks, track_grid,
@@ -281,14 +282,6 @@ def user_path(text):
     return Path(text).expanduser()
 
 
-def positive(text):
-    """A number above 0 of the command line, whole where it can be."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise ValueError
-    return int(value) if value.is_integer() else value
-
-
 def pick_device(name):
     """The torch.device for --device auto | cpu | cuda."""
     if name == "cuda" and not torch.cuda.is_available():
@@ -319,7 +312,7 @@ def lesson():
     """Fig. 2 on a held-out scene with the shipped weights: three steps, loop on beside loop off."""
     from matplotlib.figure import Figure       # here, so that importing cycle.py stays quick
     models = load_models(SHIPPED / "small.pt")
-    scene = SyntheticHOI("val").batch([0])
+    scene = default_collate([SyntheticHOI("val")[0]])
     decode, video, prompt = models.vae.decode, scene["video"], scene["prompt"]
     given = torch.tensor([[False, True, False]])
     cameras = scene["intrinsics"], scene["extrinsics"]

@@ -50,26 +50,28 @@ def full_precision(function):
 
 @full_precision
 def transform(points, matrices):
-    """Points (V,...,n) under an affine map a view, (V,m,n+1) -> (V,...,m)."""
-    flat = F.pad(points.float(), (0, 1), value=1.0).flatten(1, -2)            # (V, P, n + 1)
-    return (flat @ matrices.mT).unflatten(1, points.shape[1:-1])
+    """Points (...,n) under affine maps (...,n+1,n+1): one for each point, or one a view, axis 0."""
+    while matrices.ndim <= points.ndim:
+        matrices = matrices.unsqueeze(1)
+    turned = torch.einsum("...ij,...j->...i", matrices[..., :-1, :-1], points.float())
+    return turned + matrices[..., :-1, -1]
 
 
 def project(points, intrinsics, extrinsics):
     """World points (V,...,3) in metres -> uv (V,...,2) in pixels, depth (V,...) in metres, by
     `uv = K (R X + T) / z`. Points behind the camera keep their negative depth."""
-    camera = transform(points, extrinsics[:, :3])
+    camera = transform(points, extrinsics)
     depth = camera[..., 2]
     divisor = torch.where(depth.abs() < 1e-6, 1e-6, depth)
     plane = camera[..., :2] / divisor[..., None]
-    return transform(plane, intrinsics[:, :2]), depth
+    return transform(plane, intrinsics), depth
 
 
 def unproject(uv, depth, intrinsics, extrinsics):
     """The inverse of `project`: uv (V,...,2) pixels, depth (V,...) m -> world points (V,...,3)."""
-    rays = transform(uv, torch.linalg.inv(intrinsics))
+    rays = F.pad(transform(uv, torch.linalg.inv(intrinsics)), (0, 1), value=1.0)
     camera = rays * depth.float()[..., None]
-    return transform(camera, torch.linalg.inv(extrinsics)[:, :3])
+    return transform(camera, torch.linalg.inv(extrinsics))
 
 
 def camera_centres(extrinsics):
@@ -106,30 +108,28 @@ def track_grid(size, stride):
     return pixel_centres([side // stride for side in size]).flatten(0, 1) * stride
 
 
-def anchor_colours(anchors, depth, scale, size):
-    """Colours (...,3) in [0,1]: red and green say *which* point, blue *how far* (paper: from 0).
-    anchors (...,2): its pixel in frame 0; depth (...) m, now; scale (...,2): the view's range."""
-    near, far = scale.unbind(-1)
+def colour(anchors, depth, hit, scale=None):
+    """What a pseudo video shows: anchors (V,N,H,W,2), depth, hit (V,N,H,W) -> (V,3,N,H,W) in [0,1]
+    and scale (V,2) m. Red and green say *which* point by its pixel in frame 0, blue *how far* it is
+    now. Background (not hit) has its own place, and no blue: a VAE keeps that better than black."""
+    size = depth.shape[2:]
+    if scale is None:
+        near = torch.where(hit, depth, torch.inf).flatten(1).amin(1)
+        far = torch.where(hit, depth, -torch.inf).flatten(1).amax(1)
+        scale = torch.stack([near, far], -1).nan_to_num(posinf=0.0, neginf=1.0)
+    near, far = scale.view(-1, 2, 1, 1, 1).unbind(1)
     normalised = ((depth - near) / (far - near).clamp_min(1e-6)).clamp(0, 1)
-    blue = FOREGROUND_BLUE + (1 - FOREGROUND_BLUE) * normalised
-    which = (anchors / anchors.new_tensor(size[::-1])).clamp(0, 1)
-    which = which.expand(*blue.shape, 2)
-    return torch.cat([which, blue[..., None]], -1)
+    blue = FOREGROUND_BLUE + (1 - FOREGROUND_BLUE) * normalised               # the paper's: from 0
+    place = torch.where(hit[..., None], anchors, pixel_centres(size, depth.device))
+    which = place / place.new_tensor(size[::-1])
+    pseudo = torch.cat([which.clamp(0, 1), (blue * hit)[..., None]], -1)
+    return pseudo.movedim(-1, 1), scale
 
 
-def background_colours(size, device=None):
-    """Background of a pseudo video, (3,H,W): every pixel's own position, at blue 0 (the paper has
-    black): a VAE keeps what is smooth across silhouettes better."""
-    uv = pixel_centres(size, device)
-    which = uv / uv.new_tensor(size[::-1])
-    return F.pad(which, (0, 1)).movedim(-1, 0)
-
-
-def depth_range(depth, seen):
-    """d_min, d_max (V,2) in metres of depth (V,N,...) where seen (V,N,...) is True."""
-    near = torch.where(seen, depth, torch.inf).flatten(1).amin(1)
-    far = torch.where(seen, depth, -torch.inf).flatten(1).amax(1)
-    return torch.stack([near, far], -1).nan_to_num(posinf=0.0, neginf=1.0)
+def metres(blue, near, far):
+    """The depth that a blue says."""
+    normalised = (blue - FOREGROUND_BLUE) / (1 - FOREGROUND_BLUE)
+    return near + (far - near) * normalised.clamp(0, 1)
 
 
 def splat(uv, depth, shown, size, radius):
@@ -174,33 +174,34 @@ def tracks_to_pseudo_video(tracks, visible, intrinsics, extrinsics, size, scale=
     index = winner.flatten(2)                                                 # (V, N, H W)
     depth = depth.gather(2, index).unflatten(2, size)                         # (V, N, H, W)
     anchors = anchors[:, None].take_along_dim(index[..., None], 2).unflatten(2, size)
-    if scale is None:
-        scale = depth_range(depth, hit)
-    colours = anchor_colours(anchors, depth, scale[:, None, None, None], size)
-    still = background_colours(size, tracks.device)[:, None]
-    pseudo = torch.where(hit[:, None], colours.movedim(-1, 1), still)
-    return pseudo, scale
+    return colour(anchors, depth, hit, scale)
 
 
 def tracks_on_grid(points, pseudo, scale, camera, stride):
     """Tracks (1,N,K,3) and visible (1,N,K) of one camera, picked on its grid from moving points
     (1,N,P,3) that cover all surfaces; pseudo, scale: their pseudo video, in [0,1]."""
     # The cells of the grid are the pixels of a picture `stride` times smaller.
-    size = pseudo.shape[-2:]
     uv, depth = project(points[:, :1], *camera)
-    cells = [side // stride for side in size]
+    cells = [side // stride for side in pseudo.shape[-2:]]
     first = splat(uv / stride, depth, True, cells, DISC / stride)
     track, found = [part.flatten() for part in first]                         # (K,)
     tracks = torch.where(found[:, None], points[:, :, track], 0.0)            # (1, N, K, 3)
-    # Visible: in the picture, and hardly deeper than what the pixel shows.
+    return tracks, visible_tracks(tracks, found, pseudo, scale, camera)
+
+
+def visible_tracks(tracks, found, pseudo, scale, camera):
+    """visible (1,N,K) of tracks (1,N,K,3) in one camera's pseudo video: of those found in frame 0,
+    (K,), what is in the picture and hardly deeper than what its pixel shows."""
+    size = pseudo.shape[-2:]
     uv, depth = project(tracks, *camera)
-    blue = anchor_colours(uv, depth, scale, size)[..., 2]
     place = 2 * uv / uv.new_tensor(size[::-1]) - 1
     shown = F.grid_sample(pseudo[0, 2, :, None], place[0, :, None], "nearest", "zeros", False)
-    behind = blue - shown[:, 0, 0]
-    visible = found & (behind < 2 / size[0])
+    near, far = scale[0]
+    deeper = depth - metres(shown[:, 0, 0], near, far)
+    inside = within(*uv.unbind(-1), size)
+    visible = found & inside & (deeper < 3 * (far - near) / size[0])
     visible[:, 0] = found
-    return tracks, visible
+    return visible
 
 
 def references_along_tracks(tracks, visible, intrinsics, extrinsics, references, given):
@@ -240,8 +241,7 @@ def count_votes(pseudo, scale, stride):
     picture, row, column = place
     red, green, blue = pictures[place].unbind(-1)
     near, far = scale[picture // frames].unbind(-1)
-    normalised = (blue - FOREGROUND_BLUE) / (1 - FOREGROUND_BLUE)
-    depth = near + (far - near) * normalised.clamp(0, 1)
+    depth = metres(blue, near, far)
     one = torch.ones_like(depth)
     vote = torch.stack([column + 0.5, row + 0.5, depth, one], -1)             # (P, 4)
     # The rim is blended with the background, which spoils the depth: it counts for want of better.
@@ -329,7 +329,8 @@ TRIPLETS = [(action, tool, target) for action, (tools, targets) in ACTIONS.items
 UNSEEN = TRIPLETS[3::6]                # kept out of training; all their words occur in the others
 
 # Every piece is the quadric x^2 + y^2 + k z^2 = 1 with low <= z <= high: here 1, 1, k, low, high.
-SHAPES = {"ball": "1 1 1 -9 9", "bowl": "1 1 1 -9 0", "dish": "1 1 1 -9 -.35", "tube": "1 1 0 -1 1"}
+SHAPES = {"ball": "1 1 1 -9 9", "bowl": "1 1 1 -9 0", "dish": "1 1 1 -9 -.35", "tube": "1 1 0 -1 1",
+          "plane": "0 0 1 -9 9"}
 # A piece a row: whose it is, colour, shape, both ends of its z axis, half sizes along x and y; cm.
 # Frames of a tool: origin in the grip, z to the tip, y up; target: on the table, z up; hand: in the
 # palm, x to the fingers, y out of it, z to the thumb; arm: at the wrist, z to the elbow.
@@ -393,12 +394,6 @@ def affine(axes, origin):
     return matrix
 
 
-def moved(points, matrix):
-    """Points (...,3) under maps (...,4,4)."""
-    turned = torch.einsum("...ij,...j->...i", matrix[..., :3, :3], points)
-    return turned + matrix[..., :3, 3]
-
-
 def bone(start, end, half):
     """Poses (...,4,4) of a piece from start to end (...,3) with half sizes along x and y."""
     axes = axes_along(end - start, torch.tensor([0, 1, .1]))
@@ -439,7 +434,7 @@ def held(name, grip, pose, left):
     axes = axes_along(thumb, palm) * mirror
     place = place - (1 + work[2]) * axes[:, 1]               # from the middle of what is held
     hand = pose @ affine(axes, place)
-    wrist = moved(torch.tensor([-8, 0, -.5]), hand)
+    wrist = transform(torch.tensor([-8, 0, -.5]), hand)
     elbow = torch.tensor([-.33, .35, .15]) * mirror
     axes = axes_along(elbow - wrist, torch.tensor([0., 1., 0.]))
     arm = affine(.01 * axes, wrist)                          # cm to the world
@@ -521,7 +516,7 @@ def motion(action, target, draw, frames):
 
 def lay_out(action, tool, target, draw, frames):
     """A scene. Its pieces: pose, inverse, way back to frame 0 and forth (P,N,4,4), shape (P,5),
-    colours (P,2,3; surface, stripe), part (P,). Colour of the table, place of the lamp (3,)."""
+    colours (P,2,3; surface, stripe), part (P,). eye: the place of the lamp (3,)."""
     def hue(low, high):
         angle = draw(0, 2 * math.pi)
         waves = [math.cos(angle + shift) for shift in (0, 2.1, 4.2)]
@@ -537,7 +532,10 @@ def lay_out(action, tool, target, draw, frames):
     tool_pose, target_pose = motion(action, target, draw, frames)
     right = held(tool, "tool", tool_pose, 0)
     left = held(target, target, target_pose, 1)
-    poses, shapes, names, parts = zip(*right, *left)
+    # The table comes last: the upper plane of z^2 = 1, whose middle is a metre below it.
+    table = affine(torch.eye(3), torch.tensor([0., 0., -1.])).expand(frames, 4, 4)
+    pieces = right + left + [(table, "plane", "table", 4)]
+    poses, shapes, names, parts = zip(*pieces)
     pose = torch.stack(poses)
     inverse = pose.inverse()
     scene = {"pose": pose, "inverse": inverse, "part": torch.tensor(parts)}
@@ -546,81 +544,67 @@ def lay_out(action, tool, target, draw, frames):
     scene["shape"] = torch.stack([numbers(SHAPES[name]) for name in shapes])
     colours = [(surface[name], stripe[name]) for name in names]
     scene["colours"] = torch.tensor(colours)
-    scene["table"] = torch.tensor(surface["table"])
     scene["eye"] = torch.tensor([draw(-.5, .3), draw(-.4, .1), 1.1])
     return scene
 
 
-def cast(scene, origin, direction, windows):
-    """What rays meet first: depth (N,rows,columns) in lengths of direction ((N,)3,rows,columns) and
-    piece, -1: the table. windows: left, top, right, bottom of where each piece may be."""
-    descent = -direction[..., 2, :, :]
+def cast(scene, camera, size):
+    """What a camera sees on a grid of half pixels, pixel borders and centres in turn: its place
+    (3,), world points (N,2H+1,2W+1,3), their depth and piece (N,2H+1,2W+1), -1 for the table."""
+    origin = camera_centres(camera[1])[0]
+    grid = [2 * side + 1 for side in size]
+    uv = pixel_centres(grid, origin.device)[None] / 2 - .25
+    ahead = unproject(uv, torch.ones_like(uv[..., 0]), *camera)
+    direction = (ahead[0] - origin).movedim(-1, 0)                                  # (3, ...)
+    descent = -direction[2]
     depth = origin[2] / descent.clamp_min(origin[2] / 3)     # beyond 3 m the table meets the ray
-    depth = depth.expand(scene["pose"].shape[1], -1, -1).clone()
+    depth = depth.repeat(scene["pose"].shape[1], 1, 1)
     piece = torch.full_like(depth, -1, dtype=torch.long)
-    starts = moved(origin, scene["inverse"])[..., None]                         # (P, N, 3, 1)
-    for index, (left, top, right, bottom) in enumerate(windows):
-        window = np.s_[..., top:bottom, left:right]
+    # Left, top, right, bottom of where each piece may be: around the corners of its box
+    corners = origin.new_tensor(list(itertools.product((-1, 1), repeat=3)))
+    corners = transform(corners, scene["pose"][:-1, :, None])
+    uv, _ = project(corners.flatten(1, 2)[None], *camera)                           # (1, P, N 8, 2)
+    low, high = (2 * uv[0]).aminmax(dim=1)
+    windows = torch.cat([low, high + 1], -1)
+    windows = windows.ceil().clamp_min(0).long()
+    starts = transform(origin, scene["inverse"])[..., None]                         # (P, N, 3, 1)
+    for index, (left, top, right, bottom) in enumerate(windows.tolist()):
+        window = np.s_[:, top:bottom, left:right]
         before = depth[window]
         weight, limits = scene["shape"][index, None].split([3, 2], 1)
         low, high = limits[0].tolist()
         # |start + depth ray| = 1 is a quadratic equation; its root is NaN where the ray misses.
         start = starts[index]
         turn = scene["inverse"][index, :, :3, :3]
-        ray = turn @ direction[window].flatten(-2)                                  # (N, 3, R)
+        ray = turn @ direction[window].flatten(1)                                   # (N, 3, R)
         square = weight @ ray.square()                                              # (N, 1, R)
         half = (weight * start.mT) @ ray
         rest = weight @ start.square() - 1
         root = (half.square() - square * rest).sqrt()
-        cut = high < 9
-        for side in (-1, 1)[:1 + cut]:                       # into it; if it is cut, also out of it
+        for side in (-1, 1):                                 # into it, and out of it
             found = (side * root - half) / square
-            if cut:
-                height = start[:, 2:] + found * ray[:, 2:]
-                gone = (height < low) | (height > high)
-                found = found.masked_fill(gone, torch.inf)
-            found = found.view(before.shape)
+            height = start[:, 2:] + found * ray[:, 2:]
+            gone = (height < low) | (height > high)
+            found = found.masked_fill(gone, torch.inf).view(before.shape)
             piece[window].masked_fill_(found < before, index)
             torch.fmin(before, found, out=before)
-    return depth, piece
-
-
-def look(scene, camera, size):
-    """What a camera sees on a grid of half pixels, pixel borders and centres in turn: its place
-    (3,), world points (N,2H+1,2W+1,3), their depth and piece (N,2H+1,2W+1)."""
-    origin = camera_centres(camera[1])[0]
-    grid = [2 * side + 1 for side in size]
-    uv = pixel_centres(grid, origin.device)[None] / 2 - .25
-    ahead = unproject(uv, torch.ones_like(uv[..., 0]), *camera)
-    direction = ahead[0] - origin
-    corners = origin.new_tensor(list(itertools.product((-1, 1), repeat=3)))
-    corners = moved(corners, scene["pose"][:, :, None])                         # of the boxes
-    uv, _ = project(corners.flatten(1, 2)[None], *camera)                           # (1, P, N 8, 2)
-    low, high = (2 * uv[0]).aminmax(dim=1)
-    windows = torch.cat([low, high + 1], -1)
-    windows = windows.ceil().clamp_min(0).long()
-    depth, piece = cast(scene, origin, direction.movedim(-1, 0), windows.tolist())
-    points = origin + depth[..., None] * direction
+    points = origin + depth[..., None] * direction.movedim(0, -1)
     return origin, points, depth, piece
 
 
 def paint(scene, origin, points, piece):
-    """The video (3,N,H,W) in [-1,1] of what `look` saw."""
-    hit = piece >= 0
-    index = piece[hit]
-    inverse = scene["inverse"][index, hit.nonzero()[:, 0]]                          # (M, 4, 4)
-    local = moved(points[hit], inverse)
-    surface, stripe = scene["colours"][index].unbind(1)
-    striped = 20 * (.3 - local[:, :1].abs())                 # it shows a turn
-    colour = scene["table"].expand_as(points).clone()
-    colour[hit] = surface.lerp(stripe, striped.sigmoid())
-    slope = scene["shape"][index, :3] * local                # of the quadric: its normal
-    slope = torch.einsum("mij,mi->mj", inverse[:, :3, :3], slope)
-    side = slope * (origin - points[hit])
+    """The video (3,N,H,W) in [-1,1] of what `cast` found."""
+    number = torch.arange(len(piece), device=piece.device)
+    inverse = scene["inverse"][piece, number[:, None, None]]               # (N,2H+1,2W+1,4,4)
+    local = transform(points, inverse)
+    surface, stripe = scene["colours"][piece].unbind(-2)
+    striped = 20 * (.3 - local[..., :1].abs())               # it shows a turn
+    colour = surface.lerp(stripe, striped.sigmoid())
+    slope = scene["shape"][piece, :3] * local                # of the quadric: its normal
+    slope = torch.einsum("...ij,...i->...j", inverse[..., :3, :3], slope)
+    side = slope * (origin - points)
     side = side.sum(-1, keepdim=True).sign()                 # the camera's
-    normal = torch.zeros_like(points)
-    normal[..., 2] = 1                                       # the table's
-    normal[hit] = F.normalize(side * slope, dim=-1)
+    normal = F.normalize(side * slope, dim=-1)
     # What the lamp sees, by a ratio of exponentials of depth: a soft shadow.
     uv, depth = project(points[None], *scene["lamp"])
     place = uv[0] / 20 - 1
@@ -637,43 +621,27 @@ def paint(scene, origin, points, piece):
     return 2 * video - 1
 
 
-def follow(scene, camera, start, index, size):
-    """Tracks (N,K,3) of points (K,3) of frame 0 on pieces index (K,), with which they move; and
-    visible (N,K): in the picture, and first on the camera's ray to that very point."""
-    tracks = moved(start, scene["forth"][index].movedim(1, 0))
-    uv, depth = project(tracks[None], *camera)
-    x, y = uv[0].unbind(-1)
-    origin = camera_centres(camera[1])[0]
-    rays = (tracks - origin).mT[:, :, None]                                         # (N, 3, 1, K)
-    everywhere = [(0, 0, None, None)] * len(scene["pose"])
-    nearest, _ = cast(scene, origin, rays, everywhere)
-    first = nearest[:, 0] > 1 - .003 / depth[0]
-    visible = first & within(x, y, size) & (index >= 0)
-    return tracks.masked_fill(index[:, None] < 0, 0), visible
-
-
 def film(scene, camera, size, stride):
     """What one camera (1,3,3), (1,4,4) adds to a sample."""
-    origin, points, depth, piece = look(scene, camera, size)
+    origin, points, depth, piece = cast(scene, camera, size)
     video = paint(scene, origin, points, piece)
-    cell = np.s_[0, stride::2 * stride, stride::2 * stride]
-    index = piece[cell].flatten()
-    tracks, visible = follow(scene, camera, points[cell].flatten(0, 1), index, size)
     # The pseudo video: where, in frame 0, was what the centre of a pixel sees now?
     middle = np.s_[:, 1::2, 1::2]
-    hit = piece[middle] >= 0
-    depth = depth[middle]
-    number = torch.arange(len(hit), device=hit.device)
-    back = scene["back"][piece[middle], number[:, None, None]]
-    start = moved(points[middle], back)
+    index = piece[middle]
+    number = torch.arange(len(index), device=index.device)
+    start = transform(points[middle], scene["back"][index, number[:, None, None]])
     anchors, _ = project(start[None], *camera)
-    scale = depth_range(depth[None], hit[None])[0]
-    colours = anchor_colours(anchors[0], depth, scale, size)
-    still = background_colours(size, hit.device)[:, None]
-    pseudo = torch.where(hit, colours.movedim(-1, 0), still)
+    pseudo, scale = colour(anchors, depth[middle][None], (index >= 0)[None])
+    # A track starts at the centre of its cell, and moves with the piece that is seen there.
+    cell = np.s_[0, stride::2 * stride, stride::2 * stride]
+    index = piece[cell].flatten()
+    found = index >= 0
+    tracks = transform(points[cell].flatten(0, 1), scene["forth"][index].movedim(1, 0))
+    tracks = tracks.masked_fill(~found[:, None], 0)[None]
+    visible = visible_tracks(tracks, found, pseudo, scale, camera)
     intrinsics, extrinsics = camera
-    return {"video": video, "pseudo": 2 * pseudo - 1, "scale": scale, "part": scene["part"][index],
-            "tracks": tracks, "visible": visible, "intrinsics": intrinsics[0],
+    return {"video": video, "pseudo": 2 * pseudo[0] - 1, "scale": scale[0], "tracks": tracks[0],
+            "visible": visible[0], "part": scene["part"][index], "intrinsics": intrinsics[0],
             "extrinsics": extrinsics[0]}
 
 
@@ -707,11 +675,6 @@ class SyntheticHOI(Scenes):
         name = f"world{CACHE_VERSION} {self.split} {index} {action}"
         return self.cached(name, lambda: self.render(index, action))
 
-    def batch(self, indices, action=None):
-        """Samples stacked along a new first axis; `prompt` is a list."""
-        samples = [self.scene(index, action) for index in indices]
-        return torch.utils.data.default_collate(samples)
-
     @torch.no_grad()
     @full_precision
     def render(self, index, action):
@@ -736,7 +699,7 @@ class SyntheticHOI(Scenes):
         # The lamp is one more camera, whose depth maps make the shadows.
         eye = scene["eye"]
         scene["lamp"] = camera(eye, 0 * eye, 50 * eye.norm(), (40, 40))
-        _, _, depth, _ = look(scene, scene["lamp"], (40, 40))
+        _, _, depth, _ = cast(scene, scene["lamp"], (40, 40))
         maps = (100 * (depth[:, None] - 1.2)).exp()
         scene["maps"] = F.avg_pool2d(maps, 3, 1, 1, count_include_pad=False)
         rig = camera_rig(self.views, self.size, draw)
@@ -819,19 +782,6 @@ def mano_vertices(model, pose, shape, place):
     return vertices[..., :3] - joints[0] + place[:, None]
 
 
-def read_hand(folder, side):
-    """pose (F,48), shape (10,) and place (F,3) of a hand, for mano_vertices."""
-    content = read_pickle(folder / f"{side}_hand.pkl")
-    frames = [content[key] for key in sorted(content)]
-    pose = torch.stack([as_tensor(frame["hand_pose"]) for frame in frames])
-    place = torch.stack([as_tensor(frame["hand_trans"]) for frame in frames])
-    shape = torch.zeros(10)
-    path = folder / f"{side}_hand_shape.pkl"
-    if path.is_file():
-        shape = as_tensor(read_pickle(path)["hand_shape"]).flatten()
-    return pose, shape, place
-
-
 def load_obj(path):
     """Triangles (F,3,3), corners in metres, of an .obj of triangles in centimetres."""
     lines = path.read_text(errors="replace").splitlines()
@@ -900,7 +850,7 @@ class TACO(Scenes):
             number = path.stem.split("_")[-1]
             corners = load_obj(self.root / f"Object_Models/{number}_cm.obj")
             corners = repeat(corners, "f c x -> n f c x", n=self.frames)
-            meshes.append(transform(corners, poses[window, :3]))
+            meshes.append(transform(corners, poses[window]))
         triangles = torch.cat(meshes, 1)                                         # (N, F, 3, 3)
         # One camera of each part of the row from the left hand's side to the right hand's.
         cameras = self.usable_cameras(name, triangles[:1].flatten(1, 2))
@@ -918,10 +868,17 @@ class TACO(Scenes):
 
     def hand(self, name, side, window):
         """Triangles (N,F,3,3), metres, of a hand in the frames of a window."""
+        folder = self.root / f"Hand_Poses/{name}"
+        content = read_pickle(folder / f"{side}_hand.pkl")
+        frames = [content[sorted(content)[number]] for number in window]
+        pose = torch.stack([as_tensor(frame["hand_pose"]) for frame in frames])
+        place = torch.stack([as_tensor(frame["hand_trans"]) for frame in frames])
+        shape = torch.zeros(10)
+        path = folder / f"{side}_hand_shape.pkl"
+        if path.is_file():
+            shape = as_tensor(read_pickle(path)["hand_shape"]).flatten()
         model = self.models[side]
-        pose, shape, place = read_hand(self.root / f"Hand_Poses/{name}", side)
-        vertices = mano_vertices(model, pose[window], shape, place[window])
-        return vertices[:, model["f"].long()]
+        return mano_vertices(model, pose, shape, place)[:, model["f"].long()]
 
     def surface_points(self, triangles, chance):
         """Points (1,N,P,3) spread evenly over triangles (N,F,3,3), the same in all frames."""

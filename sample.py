@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 
-from cycle import (SHIPPED, load_models, moving_psnr, pick_device, positive, read_tracks,
-                   run_program, sample, use_bf16, user_path)
+from cycle import (SHIPPED, load_models, moving_psnr, pick_device, read_tracks, run_program,
+                   sample, use_bf16, user_path)
 from data import (FOREGROUND_THRESHOLD, TACO, TRIPLETS, SyntheticHOI, camera_centres, film_strip,
                   project, references_along_tracks, track_grid)
 from mjd import Attention
@@ -57,7 +57,7 @@ def parse(arguments=None):
     add("--no-cycle", action="store_true", help="no loop: aligned tracks do not guide the video")
     add("--no-dpa", action="store_true", help="no aligner, hence no loop: the coarse tracks")
     add("--split", default="val", help="scenes of --eval: val or unseen")
-    add("--scenes", type=positive, default=48, help="how many scenes of --eval")
+    add("--scenes", type=int, default=48, help="how many scenes of --eval")
     add("--data", choices=("synthetic", "taco"), default="synthetic", help="scenes of --eval")
     add("--data-root", type=user_path, default=".", help="folder of the TACO data set")
     add("--mano-dir", type=user_path, default=".", help="folder of MANO_LEFT.pkl, MANO_RIGHT.pkl")
@@ -316,11 +316,12 @@ def evaluate(models, settings):
     shape = {key: models.config[key] for key in ("size", "frames", "views", "stride")}
     folders = settings.data_root, settings.mano_dir
     dataset = TACO(*folders, split, **shape) if source == "taco" else SyntheticHOI(split, **shape)
-    if len(dataset) == 0:
-        raise ValueError(f"--split: expected one that has scenes, got {split}")
+    count = min(settings.scenes, len(dataset))
+    if count < 1:
+        raise ValueError(f"--split, --scenes: expected scenes, got none of {split}: ask for others")
     found = {name: [] for name in [*ROWS, "baseline", "ceiling"]}
     trials = []
-    for index in range(min(settings.scenes, len(dataset))):
+    for index in range(count):
         scene = dataset[index]
         options = settings.options | {"seed": settings.seed + index}
         for name, rows in found.items():
@@ -328,7 +329,7 @@ def evaluate(models, settings):
         if source == "synthetic":
             trials += action_trials(models, options, dataset, index)
         print(split, "scene", index, "done", flush=True)
-    report = dict(scenes=len(found[FULL]), trained=models.config["trained"], **settings.options)
+    report = dict(scenes=count, trained=models.config["trained"], **settings.options)
     report["ablation"] = [{"name": name} | summary(found[name]) for name in ROWS]
     report |= {name: summary(found[name]) for name in ("baseline", "ceiling")}
     report["action_accuracy"] = summary(trials) | {"trials": len(trials)}

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.data import default_collate
 
 import cycle
 import data
@@ -55,7 +56,7 @@ def models():
 
 @pytest.fixture(scope="session")
 def batch():
-    return data.SyntheticHOI("train", **TINY).batch([0])
+    return default_collate([data.SyntheticHOI("train", **TINY)[0]])
 
 
 @pytest.fixture(scope="session")
@@ -196,7 +197,8 @@ class TestData:
     @each("views", [1, 2, 3, 4, 40])
     def test_any_number_of_views_is_spread_evenly_and_samples(self, models, views):
         world = data.SyntheticHOI("val", size=(16, 16), frames=5, views=views)
-        assert states(models, world.batch([0]))[-1].tracks.shape == (1, views, 5, 16, 3)
+        batch = default_collate([world[0]])
+        assert states(models, batch)[-1].tracks.shape == (1, views, 5, 16, 3)
         _, extrinsics = data.camera_rig(views, (16, 16))
         x, y, z = data.camera_centres(extrinsics).T
         steps = (x / y).atan().diff().abs()
@@ -552,7 +554,7 @@ BAD = {
         ;--out ../trained --stage vae --resume;--out ../trained --resume --views 1""",
     shoot: """--ref none.png;--ref FILE;--ref NAN.tiff;--ref REF REF REF;--prompt=;--out FILE
         ;--prompt a,b,c,d,e,f,g,h,i,j,k,l,m,n,o,p;--text-scale nan;--eta 2;--cameras FILE
-        ;--weights FILE;--weights none.pt;--scenes 0"""}
+        ;--weights FILE;--weights none.pt"""}
 
 
 @pytest.mark.usefixtures("programs")

@@ -28,7 +28,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.utils.data import DataLoader
 
 from cycle import (SHIPPED, Models, fold, joint_losses, load_models, moving_psnr, pick_device,
-                   positive, run_program, sample, single_views, use_bf16, user_path)
+                   run_program, sample, single_views, use_bf16, user_path)
 from data import (FOREGROUND_THRESHOLD, TACO, SyntheticHOI, camera_rig, film_strip, project,
                   track_grid)
 from mjd import Attention
@@ -40,21 +40,22 @@ RANK = int(os.environ.get("RANK", 0))                # this process, of WORLD th
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
-# Sizes, distinct scenes (0: no limit), peak rates and lengths of stages (the hour of two CPU cores)
+# Sizes, distinct scenes, peak rates, and lengths of stages: their shares of `minutes`
+# (the hour of two CPU cores), or steps
 TINY = dict(size=(32, 48), frames=5, views=2, stride=4, batch=2, scenes=16, compile=False,
-            checkpointing=False, rates=dict(vae=1e-3, mjd=1e-3, dpa=3e-3), unit="steps",
+            checkpointing=False, rates=dict(vae=1e-3, mjd=1e-3, dpa=3e-3), minutes=None,
             lengths=dict(vae=40, base=40, dpa=40, joint=40), path="flow",
             vae=dict(strides=(4, 8, 8), channels=8, widths=(16, 32), depth=1),
             mjd=dict(dim=64, heads=2, depth=2, hidden=128, text_tokens=16),
             dpa=dict(dim=32, depth=2, heads=2, patch=32))
 SMALL = dict(size=(64, 96), frames=13, views=3, stride=4, batch=4, scenes=800, compile=True,
-             checkpointing=False, rates=dict(vae=1e-3, mjd=8e-4, dpa=2e-3), unit="minutes",
+             checkpointing=False, rates=dict(vae=1e-3, mjd=8e-4, dpa=2e-3), minutes=56,
              lengths=dict(vae=10, base=12, dpa=4, joint=30), path="flow",
              vae=dict(strides=(4, 8, 8), channels=96, widths=(96, 144), depth=2),
              mjd=dict(dim=320, heads=5, depth=6, hidden=832, text_tokens=16),
              dpa=dict(dim=96, depth=3, heads=2, patch=128))
-LARGE = dict(size=(256, 384), frames=25, views=3, stride=8, batch=1, scenes=0, compile=True,
-             checkpointing=True, rates=dict(vae=5e-4, mjd=2e-4, dpa=5e-4), unit="steps",
+LARGE = dict(size=(256, 384), frames=25, views=3, stride=8, batch=1, scenes=None, compile=True,
+             checkpointing=True, rates=dict(vae=5e-4, mjd=2e-4, dpa=5e-4), minutes=None,
              lengths=dict(vae=50_000, base=40_000, dpa=20_000, joint=60_000), path="flow",
              vae=dict(strides=(4, 8, 8), channels=48, widths=(128, 256), depth=3),
              mjd=dict(dim=768, heads=12, depth=16, hidden=3072, text_tokens=16),
@@ -75,16 +76,16 @@ def parse(arguments=None):
     add("--views", type=int, help="cameras")
     add("--frames", type=int, help="frames, 1 + a multiple of 4")
     length = parser.add_mutually_exclusive_group().add_argument
-    length("--steps", type=positive, help="of each stage, in place of the preset's length")
-    length("--minutes", type=positive, help="of the whole command, shared among its stages")
+    length("--steps", type=int, help="of each stage, in place of the preset's length")
+    length("--minutes", type=float, help="of the whole command, shared among its stages")
     add("--batch", type=int, help="scenes a step and process")
-    add("--rate", type=positive, help="peak learning rate")
+    add("--rate", type=float, help="peak learning rate")
     add("--out", type=user_path, help="run folder, default runs/PRESET")
     add("--resume", action="store_true", help="go on from checkpoint.pt of the run folder")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to train")
     add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of products")
     add("--seed", type=int, default=0, help="of weights, data and noise")
-    add("--scenes", type=int, help="distinct scenes of the synthetic world, 0 = no limit")
+    add("--scenes", type=int, help="distinct scenes of the synthetic world, without it no limit")
     add("--cache", type=user_path, help="folder that keeps scenes, default OUT/scenes")
     add("--workers", type=int, default=1, help="processes that prepare data")
     add("--fused", action=switch, default=torch.cuda.is_available(), help="torch's attention")
@@ -92,19 +93,20 @@ def parse(arguments=None):
     preset = parser.parse_known_args(arguments)[0].preset
     parser.set_defaults(out=f"runs/{preset}", **PRESETS[preset])
     settings = parser.parse_args(arguments)
-    if min(settings.views, settings.batch, settings.scenes + 1, settings.workers + 1) < 1:
-        parser.error("expected --views, --batch from 1 and --scenes, --workers from 0")
-    if [side % 16 for side in settings.size] != [0, 0]:
+    for name in ("views", "batch", "scenes", "steps", "minutes", "rate"):
+        value = getattr(settings, name)
+        if value is not None and not 0 < value < math.inf:                   # so NaN is refused too
+            parser.error(f"--{name}: expected a number above 0, got {value}")
+    if [side % 16 for side in settings.size] != [0, 0] or min(settings.size) < 16:
         parser.error("--size: expected HxW, both multiples of 16")
     if settings.data == "synthetic" and settings.scenes and not settings.cache:
         settings.cache = settings.out / "scenes"
     settings.shape = {name: vars(settings)[name] for name in ("size", "frames", "views", "stride")}
     settings.stages = list(STAGES) if settings.stage == "all" else [settings.stage]
     if settings.steps:
-        settings.unit, settings.lengths = "steps", dict.fromkeys(STAGES, settings.steps)
-    elif settings.minutes:
+        settings.minutes, settings.lengths = None, dict.fromkeys(STAGES, settings.steps)
+    if settings.minutes:
         share = settings.minutes / sum(settings.lengths[stage] for stage in settings.stages)
-        settings.unit = "minutes"
         settings.lengths = {stage: share * settings.lengths[stage] for stage in STAGES}
     return settings
 
@@ -272,7 +274,7 @@ def train_stage(stage, settings, models, averaged, dataset, saved):
     begun = time.perf_counter() - spent
     data = batches(dataset, settings.batch, seed * WORLD + RANK, device, step, settings.workers)
     for batch in data:
-        progress = (step if settings.unit == "steps" else spent / 60) / settings.lengths[stage]
+        progress = (spent / 60 if settings.minutes else step) / settings.lengths[stage]
         progress, stopped = of_first(torch.tensor([progress, settings.stop.is_set()]))
         if progress >= 1 or stopped:
             break
