@@ -315,7 +315,7 @@ class Scenes(torch.utils.data.Dataset):
 
 # ------------------------------------------------------------------------- the synthetic world
 
-CACHE_VERSION = 1                      # to be raised whenever the world changes
+CACHE_VERSION = 2                      # to be raised whenever the world changes
 ACTIONS = {                            # tools and targets; every pair makes a triplet
     "stir": ("spoon ladle spatula", "bowl pan cup"),
     "scrape off": ("spatula knife spoon", "plate pan bowl"),
@@ -755,8 +755,9 @@ def as_tensor(value):
 
 
 def load_mano(folder, side):
-    """MANO_LEFT.pkl or MANO_RIGHT.pkl (from mano.is.tue.mpg.de), under MANO's own names."""
-    content = read_pickle(Path(folder) / f"MANO_{side}.pkl")
+    """MANO_LEFT or MANO_RIGHT, .npz or .pkl (from mano.is.tue.mpg.de), under MANO's own names."""
+    path = Path(folder) / f"MANO_{side}.npz"
+    content = np.load(path) if path.is_file() else read_pickle(path.with_suffix(".pkl"))
     names = "v_template shapedirs posedirs J_regressor weights kintree_table f".split()
     return {name: as_tensor(content[name]) for name in names}
 
@@ -793,19 +794,27 @@ def load_obj(path):
 
 class TACO(Scenes):
     """TACO (Sec. 4.1), samples like `SyntheticHOI`'s, read from the download at `root`; a sequence
-    is a sample. mano_dir holds MANO_LEFT.pkl and MANO_RIGHT.pkl; split: train, val, unseen or all.
+    is a sample. mano_dir holds MANO_LEFT.pkl and MANO_RIGHT.pkl; split: train, val, unseen or all,
+    or what root/split.csv says (lines `sequence,split`), where there is one.
     What cannot be used is left out with one printed line, kept in `report`."""
     def __init__(self, root, mano_dir, split="train", **settings):
         super().__init__(split, **settings)
         self.root = Path(root)
         self.report = {}
         self.names = []
+        listed = {}
+        table = self.root / "split.csv"
+        for line in table.read_text("utf-8-sig").splitlines() if table.is_file() else ():
+            sequence, _, part = line.rpartition(",")
+            listed[Path(sequence.strip()).name] = part.strip()
         for folder in sorted(self.root.glob("Hand_Poses/*/*")):
             name = "/".join(folder.parts[-2:])                                   # triplet/sequence
             tenth = np.random.default_rng([*folder.name.encode()]).integers(10)  # a hash
             part = "train" if tenth else "val"
             if re.match(TACO_UNSEEN, name):
                 part = "unseen"
+            if listed:
+                part = listed.get(folder.name)
             if split in ("all", part):
                 self.names.append(name)
         if not self.names and split != "val":          # a small part may have nothing held out
@@ -821,7 +830,7 @@ class TACO(Scenes):
         for name in self.names[first:] + self.names[:first]:
             try:
                 if name not in self.report:
-                    return self.cached(f"taco2 {self.split} {name}", lambda: self.read(name))
+                    return self.cached(f"taco3 {self.split} {name}", lambda: self.read(name))
             except (ValueError, LookupError, TypeError, EOFError, FileNotFoundError) as error:
                 self.leave_out(name, error)            # a full disk is none of these
         raise ValueError(f"expected a readable sequence, got none: {self.report}")

@@ -242,9 +242,16 @@ class TestData:
         assert close(foreground.min(), 0.3, 1e-4)
         assert close(foreground.max(), 1, 1e-4)
 
+    def test_a_split_file_is_followed(self, tree):
+        shutil.copytree(tree / "Hand_Poses", "Hand_Poses")
+        Path("split.csv").write_text("022,train\n(stir, spoon, cup)/023, test_1\n", "utf-8-sig")
+        for split, names in (("train", TREE[3:4]), ("test_1", TREE[4:5]), ("val", [])):
+            assert data.TACO(".", tree, split).names == names
+
     def test_mano_equals_matrices(self, tree):
         one = torch.eye(3)
-        model = data.load_mano(tree, "RIGHT")
+        np.savez("MANO_RIGHT.npz", **data.load_mano(tree, "RIGHT"))
+        model = data.load_mano(".", "RIGHT")
         pose, shape, place = torch.randn(16, 3) / 2, torch.randn(10), torch.randn(3)
         rest = model["v_template"] + model["shapedirs"] @ shape
         joints = model["J_regressor"] @ rest
@@ -609,6 +616,7 @@ class TestPrograms:
         assert run(".", f"--stage joint --steps 9 {flags}") == 2
         assert re.search(word, one_line(capsys))
         assert Path("checkpoint.pt").read_bytes() == Path("../trained/checkpoint.pt").read_bytes()
+        assert not list(Path().glob("*.new"))
 
     def test_equal_flags_give_equal_files_and_others_others(self):
         found = []

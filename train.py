@@ -242,9 +242,11 @@ def save(settings, models, averaged, optimiser, stage, step, spent):
         draft = settings.out / f"{name}.new"
         try:
             torch.save(content, draft)
+            draft.replace(settings.out / name)
         except RuntimeError as error:                             # a full disk, mostly
             raise OSError(f"could not write {name}, the old one is untouched: {error}")
-        draft.replace(settings.out / name)
+        finally:
+            draft.unlink(missing_ok=True)
 
 
 def report(settings, stage, step, record, title=""):
@@ -399,7 +401,8 @@ def train(arguments=None):
     finally:
         if in_main:
             signal.signal(signal.SIGINT, before)
-    print(f"{settings.out}/weights.pt" if finished else "saved: go on with --resume")
+    if RANK == 0:
+        print(f"{settings.out}/weights.pt" if finished else "saved: go on with --resume")
 
 
 def main(arguments=None):
