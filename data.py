@@ -24,6 +24,7 @@ import json
 import math
 import os
 import pickle
+import pkgutil
 import re
 import subprocess
 import time
@@ -649,7 +650,7 @@ class SyntheticHOI(Scenes):
     """A procedural stand-in for TACO: a right hand works with a tool, a left hand holds the target.
     split: `train`, `val` (its triplets in new scenes) or `unseen` (held-out triplets). A sample:
     `video`, `pseudo` (V,3,N,H,W) in [-1,1], `scale` (V,2), `tracks` (V,N,K,3), `visible` (V,N,K),
-    `part` (V,K; hands 0 and 1, tool 2, target 3), `intrinsics`, `extrinsics`, `prompt`."""
+    `part` (V,K; hands 0 and 1, tool 2, target 3, table 4), `intrinsics`, `extrinsics`, `prompt`."""
     SPLITS = ("train", "val", "unseen")
 
     def __init__(self, split, device="cpu", length=None, **settings):
@@ -966,6 +967,40 @@ class TACO(Scenes):
             raise ValueError(f"wrong calibration: meshes move apart from {path}")
         tracks, visible = tracks_on_grid(points, pseudo, scale, camera, self.stride)
         return video[None], 2 * pseudo - 1, scale, tracks, visible, intrinsics, extrinsics
+
+
+def open_dataset(name, split, root, mano_dir, length=None, **settings):
+    """A data set by its name: synthetic, taco (from root, mano_dir), or MODULE:CLASS of your own,
+    refused where its first sample is unlike the world's; settings: size, frames, ... of `Scenes`."""
+    if name == "synthetic":
+        return SyntheticHOI(split, length=length, **settings)
+    if name == "taco":
+        return TACO(root, mano_dir, split, **settings)
+    try:
+        dataset = pkgutil.resolve_name(name)(split, **settings)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(f"--data: expected synthetic, taco or MODULE:CLASS (see README): {error}")
+    example = SyntheticHOI("val", **settings)[0]
+    own = dataset[0]
+    if not isinstance(own.get("prompt"), str):
+        raise ValueError("--data: expected prompt, a str, in each sample")
+    for key in ("video", "pseudo", "scale", "tracks", "visible", "intrinsics", "extrinsics"):
+        found = torch.as_tensor(own.get(key, torch.nan))
+        wanted, got = [f"{key}: {x.dtype} {tuple(x.shape)}" for x in (example[key], found)]
+        low, high = found.min(), found.max()
+        inside = key not in ("video", "pseudo") or -1.001 < low < -0.2 and high < 1.001
+        if got != wanted or not inside or not found.isfinite().all():
+            got += f", {low:.2f} to {high:.2f}"
+            wanted += ", finite, videos in [-1,1] and with values under -0.2"
+            raise ValueError(f"--data: expected {wanted}, got {got}")
+    uv, _ = project(own["tracks"][:, 0], own["intrinsics"], own["extrinsics"])
+    stride = settings["stride"]
+    apart = (uv - track_grid(settings["size"], stride)).norm(dim=-1)
+    apart = apart[own["visible"][:, 0]]
+    if not (apart < stride).all():
+        raise ValueError("--data: expected track k in cell k of frame 0 (tracks in metres, cameras "
+                         f"world -> camera), got one {apart.max():.0f} pixels off")
+    return dataset
 
 
 # --------------------------------------------------------------------------------------- lesson

@@ -27,8 +27,8 @@ from einops import rearrange, repeat
 
 from cycle import (SHIPPED, load_models, moving_psnr, pick_device, read_tracks, run_program,
                    sample, use_bf16, user_path)
-from data import (FOREGROUND_THRESHOLD, TACO, TRIPLETS, SyntheticHOI, camera_centres, film_strip,
-                  project, references_along_tracks, track_grid)
+from data import (FOREGROUND_THRESHOLD, TRIPLETS, camera_centres, film_strip, open_dataset, project,
+                  references_along_tracks, track_grid)
 from mjd import Attention
 
 FPS = 8
@@ -58,7 +58,7 @@ def parse(arguments=None):
     add("--no-dpa", action="store_true", help="no aligner, hence no loop: the coarse tracks")
     add("--split", default="val", help="scenes of --eval: val or unseen")
     add("--scenes", type=int, default=48, help="how many scenes of --eval")
-    add("--data", choices=("synthetic", "taco"), default="synthetic", help="scenes of --eval")
+    add("--data", default="synthetic", help="scenes of --eval, named as for train.py")
     add("--data-root", type=user_path, default=".", help="folder of the TACO data set")
     add("--mano-dir", type=user_path, default=".", help="folder of MANO_LEFT.pkl, MANO_RIGHT.pkl")
     add("--json", type=user_path, help="file in which --eval keeps its tables")
@@ -314,8 +314,7 @@ def evaluate(models, settings):
     if settings.data != source:
         raise ValueError(f"--data: expected {source}, as in training, got {settings.data}")
     shape = {key: models.config[key] for key in ("size", "frames", "views", "stride")}
-    folders = settings.data_root, settings.mano_dir
-    dataset = TACO(*folders, split, **shape) if source == "taco" else SyntheticHOI(split, **shape)
+    dataset = open_dataset(source, split, settings.data_root, settings.mano_dir, **shape)
     count = min(settings.scenes, len(dataset))
     if count < 1:
         raise ValueError(f"--split, --scenes: expected scenes, got none of {split}: ask for others")

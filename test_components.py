@@ -713,6 +713,13 @@ class TestPrograms:
         assert call(sample, f"{flags} --eval") == 2                          # not without the data
         assert call(sample, f"{flags} --eval --split val {source}") == 2
 
+    def test_own_data_trains_and_is_evaluated(self, monkeypatch):
+        monkeypatch.setattr(*spoiled("prompt", str), raising=False)
+        assert run("out", "--stage base --steps 1 --data data:Spoiled") == 0
+        flags = "--weights out/weights.pt --steps 1 --scenes 1 --eval"
+        assert call(sample, f"{flags} --data data:Spoiled") == 0
+        assert call(sample, flags) == 2
+
     @each("start, flags", [(start, flags) for start in BAD for flags in BAD[start].split(";")])
     def test_bad_input_costs_one_line(self, capsys, start, flags):
         shutil.copy("../trained/ref.png", "REF")

@@ -14,7 +14,6 @@ import copy
 import json
 import math
 import os
-import pkgutil
 import shutil
 import signal
 import threading
@@ -29,8 +28,7 @@ from torch.utils.data import DataLoader
 
 from cycle import (SHIPPED, Models, fold, joint_losses, load_models, moving_psnr, pick_device,
                    run_program, sample, single_views, use_bf16, user_path)
-from data import (FOREGROUND_THRESHOLD, TACO, SyntheticHOI, camera_rig, film_strip, project,
-                  track_grid)
+from data import FOREGROUND_THRESHOLD, camera_rig, film_strip, open_dataset
 from mjd import Attention
 
 STAGES = {"vae": ["vae"], "base": ["mjd"], "dpa": ["dpa"], "joint": ["mjd", "dpa"]}   # trains what
@@ -112,36 +110,11 @@ def parse(arguments=None):
 
 
 def make_dataset(settings, split):
-    """The data set of a run; one's own is refused where its first sample is unlike the world's."""
-    shape = settings.shape | dict(seed=settings.seed, cache=settings.cache)
-    if settings.data == "synthetic":
-        return SyntheticHOI(split, length=settings.scenes if split == "train" else None, **shape)
-    if settings.data == "taco":
-        return TACO(settings.data_root, settings.mano_dir, split, **shape)
-    try:
-        dataset = pkgutil.resolve_name(settings.data)(split, **shape)
-    except (ImportError, AttributeError, TypeError) as error:
-        raise ValueError(f"--data: expected synthetic, taco or MODULE:CLASS (see README): {error}")
-    example = SyntheticHOI("val", **shape)[0]
-    own = dataset[0]
-    if not isinstance(own.get("prompt"), str):
-        raise ValueError("--data: expected prompt, a str, in each sample")
-    for key in ("video", "pseudo", "scale", "tracks", "visible", "intrinsics", "extrinsics"):
-        found = torch.as_tensor(own.get(key, torch.nan))
-        wanted, got = [f"{key}: {x.dtype} {tuple(x.shape)}" for x in (example[key], found)]
-        low, high = found.min(), found.max()
-        inside = key not in ("video", "pseudo") or -1.001 < low < -0.2 and high < 1.001
-        if got != wanted or not inside or not found.isfinite().all():
-            got += f", {low:.2f} to {high:.2f}"
-            wanted += ", finite, videos in [-1,1] and with values under -0.2"
-            raise ValueError(f"--data: expected {wanted}, got {got}")
-    uv, _ = project(own["tracks"][:, 0], own["intrinsics"], own["extrinsics"])
-    apart = (uv - track_grid(settings.size, settings.stride)).norm(dim=-1)
-    apart = apart[own["visible"][:, 0]]
-    if not (apart < settings.stride).all():
-        raise ValueError("--data: expected track k in cell k of frame 0 (tracks in metres, cameras "
-                         f"world -> camera), got one {apart.max():.0f} pixels off")
-    return dataset
+    """The data set of a run."""
+    length = settings.scenes if split == "train" else None
+    folders = settings.data_root, settings.mano_dir
+    return open_dataset(settings.data, split, *folders, length, seed=settings.seed,
+                        cache=settings.cache, **settings.shape)
 
 
 def batches(dataset, count, seed=0, device="cpu", step=0, workers=0):
