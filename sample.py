@@ -27,8 +27,8 @@ from einops import rearrange, repeat
 
 from cycle import (SHIPPED, load_models, moving_psnr, pick_device, read_tracks, run_program,
                    sample, use_bf16, user_path)
-from data import (FOREGROUND_THRESHOLD, TRIPLETS, camera_centres, film_strip, open_dataset, project,
-                  references_along_tracks, track_grid)
+from data import (FOREGROUND_THRESHOLD, TRIPLETS, camera_centres, film_strip, open_dataset,
+                  project, references_along_tracks, track_grid)
 from mjd import Attention
 
 FPS = 8
