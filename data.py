@@ -971,7 +971,7 @@ class TACO(Scenes):
 
 def open_dataset(name, split, root, mano_dir, length=None, **settings):
     """A data set by its name: synthetic, taco (from root, mano_dir), or MODULE:CLASS of your own,
-    refused where its first sample is unlike the world's; settings: size, frames, ... of `Scenes`."""
+    refused where its first sample is unlike the world's; settings: those of `Scenes`, by name."""
     if name == "synthetic":
         return SyntheticHOI(split, length=length, **settings)
     if name == "taco":
