@@ -83,7 +83,7 @@ def parse(arguments=None):
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to train")
     add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of products")
     add("--seed", type=int, default=0, help="of weights, data and noise")
-    add("--scenes", type=int, help="distinct scenes of the synthetic world, without it no limit")
+    add("--scenes", type=int, help="distinct scenes of the synthetic world")
     add("--cache", type=user_path, help="folder that keeps scenes, default OUT/scenes")
     add("--workers", type=int, default=1, help="processes that prepare data")
     add("--fused", action=switch, default=torch.cuda.is_available(), help="torch's attention")
