@@ -17,7 +17,6 @@ Symbols: the paper's and mjd.py's glossary; v_V, v_Mpv, v_M and s_hat are what t
 Run `python cycle.py` for a picture of the loop."""
 
 import math
-import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -278,6 +277,11 @@ def moving_psnr(video, truth):
     return -10 * error.log10().item()
 
 
+def user_path(text):
+    """A path of the command line, with ~ expanded."""
+    return Path(text).expanduser()
+
+
 def pick_device(name):
     """The torch.device for --device auto | cpu | cuda."""
     if name == "cuda" and not torch.cuda.is_available():
@@ -297,8 +301,7 @@ def run_program(name, work):
         work()
         return 0
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        known = re.search(r"memory|worker \(pid|ffmpeg", str(error))
-        if isinstance(error, RuntimeError) and not known:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         message = " ".join(str(error).split())
     print(f"{name}: {message:.500}", file=sys.stderr)

@@ -13,18 +13,20 @@ fps, prompt. Sizes come from the checkpoint; same seed, same files (on a CPU).
 import argparse
 import base64
 import json
+import subprocess
 import tempfile
 from itertools import combinations, permutations
 from pathlib import Path
 
 import imageio.v3 as iio
+import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 
 from cycle import (SHIPPED, load_models, moving_psnr, pick_device, read_tracks, run_program,
-                   sample, use_bf16)
+                   sample, use_bf16, user_path)
 from data import (FOREGROUND_THRESHOLD, TRIPLETS, camera_centres, film_strip, open_dataset,
                   project, references_along_tracks, track_grid)
 from mjd import Attention
@@ -38,14 +40,14 @@ def parse(arguments=None):
     style = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=style)
     add = parser.add_mutually_exclusive_group(required=True).add_argument
-    add("--ref", nargs="+", type=Path, help="picture of the middle view, or one a view")
+    add("--ref", nargs="+", type=user_path, help="picture of the middle view, or one a view")
     add("--print-cameras", action="store_true", help="print the default rig as JSON and stop")
     add("--eval", action="store_true", help="measure on held-out scenes")
     add = parser.add_argument
     add("--prompt", default="<spoon, stir, bowl>", help="<tool, action, target>")
-    add("--cameras", type=Path, help="rig, in the format of --print-cameras")
-    add("--weights", type=Path, default=SHIPPED / "small.pt", help="checkpoint of train.py")
-    add("--out", type=Path, default="out/sample", help="folder to write into")
+    add("--cameras", type=user_path, help="rig, in the format of --print-cameras")
+    add("--weights", type=user_path, default=SHIPPED / "small.pt", help="checkpoint of train.py")
+    add("--out", type=user_path, default="out/sample", help="folder to write into")
     add("--steps", type=int, default=4, help="denoising steps")
     add("--seed", type=int, default=0, help="of the noise")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
@@ -57,9 +59,9 @@ def parse(arguments=None):
     add("--split", default="val", help="scenes of --eval: val or unseen")
     add("--scenes", type=int, default=48, help="how many scenes of --eval")
     add("--data", default="synthetic", help="scenes of --eval, named as for train.py")
-    add("--data-root", type=Path, default=".", help="folder of the TACO data set")
-    add("--mano-dir", type=Path, default=".", help="folder of MANO_LEFT.pkl, MANO_RIGHT.pkl")
-    add("--json", type=Path, help="file in which --eval keeps its tables")
+    add("--data-root", type=user_path, default=".", help="folder of the TACO data set")
+    add("--mano-dir", type=user_path, default=".", help="folder of MANO_LEFT.pkl, MANO_RIGHT.pkl")
+    add("--json", type=user_path, help="file in which --eval keeps its tables")
     settings = parser.parse_args(arguments)
     for name, (least, most) in LIMITS.items():
         if not least <= getattr(settings, name) <= most:                   # so NaN is refused too
@@ -161,13 +163,13 @@ def enlarged(clip):
     return repeat(strip, "h (n w) c -> n (h a) (w b) c", n=count, a=factor, b=factor)
 
 
-def write_results(result, out):
+def write_results(result, out, mp4):
     """All files into a hidden folder in `out`, then each under its final name, whole. viewer.html
     is assets/viewer.html with its data, in which the frames of the sheet lie side by side."""
     h264 = {"plugin": "FFMPEG", "codec": "libx264", "quality": 9, "ffmpeg_log_level": "quiet"}
     with tempfile.TemporaryDirectory(prefix=".", dir=out) as draft:
         draft = Path(draft)
-        for kind in ("video", "motion"):
+        for kind in ("video", "motion") if mp4 else ():
             for view, clip in enumerate(result[kind]):
                 iio.imwrite(draft / f"{kind}_view{view}.mp4", enlarged(clip), fps=FPS, **h264)
         keys = "tracks", "valid", "anchors", "intrinsics", "extrinsics", "scale", "prompt"
@@ -352,7 +354,14 @@ def run(settings):
         known = [f"<{tool}, {action}, {target}>" for action, tool, target in TRIPLETS]
         if models.config["data"] == "synthetic" and settings.prompt not in known:
             print("note: not a <tool, action, target> of the world (README, Use):", settings.prompt)
-        write_results(answer(models, settings), settings.out)
+        try:
+            command = [imageio_ffmpeg.get_ffmpeg_exe(), "-encoders"]
+            mp4 = b"libx264" in subprocess.run(command, capture_output=True).stdout
+        except (OSError, RuntimeError):
+            mp4 = False
+        if not mp4:
+            print("no mp4: expected ffmpeg with x264, found none: pip install imageio[ffmpeg]")
+        write_results(answer(models, settings), settings.out, mp4)
         print("wrote everything into", settings.out)
 
 

@@ -15,8 +15,8 @@ import math
 import os
 import shutil
 import signal
+import threading
 import time
-from pathlib import Path
 
 import imageio.v3 as iio
 import torch
@@ -26,7 +26,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.utils.data import DataLoader
 
 from cycle import (SHIPPED, Models, fold, joint_losses, load_models, moving_psnr, pick_device,
-                   run_program, sample, single_views, use_bf16)
+                   run_program, sample, single_views, use_bf16, user_path)
 from data import FOREGROUND_THRESHOLD, camera_rig, film_strip, open_dataset
 from mjd import Attention
 
@@ -67,8 +67,8 @@ def parse(arguments=None):
     add("--stage", default="joint", choices=(*STAGES, "all"), help="all: one after the other")
     add("--preset", default="small", choices=tuple(PRESETS), help="sizes of networks and pictures")
     add("--data", default="synthetic", help="synthetic, taco, or MODULE:CLASS of your own Dataset")
-    add("--data-root", default="TACO", type=Path, help="folder of the TACO data set")
-    add("--mano-dir", default="MANO", type=Path, help="of MANO_LEFT.pkl and MANO_RIGHT.pkl")
+    add("--data-root", default="TACO", type=user_path, help="folder of the TACO data set")
+    add("--mano-dir", default="MANO", type=user_path, help="of MANO_LEFT.pkl and MANO_RIGHT.pkl")
     add("--size", type=lambda text: tuple(map(int, text.split("x"))), help="HxW, multiples of 16")
     add("--views", type=int, help="cameras")
     add("--frames", type=int, help="frames, 1 + a multiple of 4")
@@ -77,13 +77,13 @@ def parse(arguments=None):
     length("--minutes", type=float, help="of the whole command, shared among its stages")
     add("--batch", type=int, help="scenes a step and process")
     add("--rate", type=float, help="peak learning rate")
-    add("--out", type=Path, help="run folder, default runs/PRESET")
+    add("--out", type=user_path, help="run folder, default runs/PRESET")
     add("--resume", action="store_true", help="go on from checkpoint.pt of the run folder")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to train")
     add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of products")
     add("--seed", type=int, default=0, help="of weights, data and noise")
     add("--scenes", type=int, help="distinct scenes of the synthetic world")
-    add("--cache", type=Path, help="folder that keeps scenes, default OUT/scenes")
+    add("--cache", type=user_path, help="folder that keeps scenes, default OUT/scenes")
     add("--workers", type=int, default=1, help="processes that prepare data")
     add("--fused", action=switch, default=torch.cuda.is_available(), help="torch's attention")
     add("--compile", action=switch, help="torch.compile the MJD's blocks; default: not for tiny")
@@ -120,8 +120,11 @@ def batches(dataset, count, seed=0, device="cpu", step=0, workers=0):
     """Endless batches of `count` samples, of seed and step alone: a resumed run sees the same."""
     seeded = map(torch.Generator().manual_seed, range(seed * 1_000_003 + step, 2 ** 62))
     order = (torch.randint(len(dataset), (count,), generator=dice).tolist() for dice in seeded)
-    for batch in DataLoader(dataset, batch_sampler=order, num_workers=workers):
-        yield {key: x if key == "prompt" else x.to(device) for key, x in batch.items()}
+    try:
+        for batch in DataLoader(dataset, batch_sampler=order, num_workers=workers):
+            yield {key: x if key == "prompt" else x.to(device) for key, x in batch.items()}
+    except RuntimeError as error:
+        raise ValueError(f"data (worker died? use --workers 0 or Docker's --shm-size=2g): {error}")
 
 
 def vae_losses(vae, batch):
@@ -244,7 +247,7 @@ def train_stage(stage, settings, models, averaged, dataset, saved):
     data = batches(dataset, settings.batch, seed * WORLD + RANK, device, step, settings.workers)
     for batch in data:
         progress = (spent / 60 if settings.minutes else step) / settings.lengths[stage]
-        progress, stopped = of_first(torch.tensor([progress, settings.stop]))
+        progress, stopped = of_first(torch.tensor([progress, settings.stop.is_set()]))
         if progress >= 1 or stopped:
             break
         # The rate: a linear warm-up, a cosine down to a twentieth, half for two trained networks
@@ -357,15 +360,17 @@ def train(arguments=None):
             register_fsdp_forward_method(net.vae, method)
     for block in models.mjd.blocks if settings.compile else ():  # all share one compiled program
         block.compile()
-    # The stages; Ctrl-C lets the step finish and saves
-    settings.stop = False
-    before = signal.signal(signal.SIGINT, lambda *_: setattr(settings, "stop", True))
+    # The stages; Ctrl-C, which only a main thread may catch, lets the step finish and saves
+    settings.stop = threading.Event()
+    in_main = threading.current_thread() is threading.main_thread()
+    before = in_main and signal.signal(signal.SIGINT, lambda *_: settings.stop.set())
     first = settings.stages.index(saved["stage"]) if saved else 0
     try:
         finished = all(train_stage(stage, settings, models, averaged, dataset, saved)
                        for stage in settings.stages[first:])
     finally:
-        signal.signal(signal.SIGINT, before)
+        if in_main:
+            signal.signal(signal.SIGINT, before)
     if RANK == 0:
         print(f"{settings.out}/weights.pt" if finished else "saved: go on with --resume")
 
