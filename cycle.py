@@ -26,7 +26,7 @@ from einops import rearrange, repeat
 from torch import nn
 from torch.utils.data import default_collate
 
-from data import (SyntheticHOI, camera_centres, disc_radius, film_strip, plucker_rays,
+from data import (TOUCHING, SyntheticHOI, camera_centres, film_strip, plucker_rays,
                   pseudo_video_to_tracks, references_along_tracks, track_grid,
                   tracks_to_pseudo_video)
 from dpa import DPA, chamfer_distance
@@ -128,9 +128,11 @@ def conditions(models, cameras, given, n, size):
     """What the networks are told: rays (B,V,6,H,W), anchors (K,2) in [0,1] of the picture, camera
     centres (B,V,3) in metres; and known (B,V,1,n,1,1): latent frame 0 of the views given (B,V)."""
     rays = plucker_rays(*map(fold, cameras), size).unflatten(0, given.shape)
-    anchors = track_grid(size, models.config["stride"]).to(rays) / rays.new_tensor(size).flip(0)
+    anchors = track_grid(size, models.config["stride"]).to(rays)
+    anchors /= rays.new_tensor(size).flip(0)
     known = nn.functional.pad(given[..., None], (0, n - 1))
-    return rays, anchors, camera_centres(cameras[1]), rearrange(known, "b v n -> b v 1 n 1 1")
+    known = rearrange(known, "b v n -> b v 1 n 1 1")
+    return rays, anchors, camera_centres(cameras[1]), known
 
 
 @torch.no_grad()
@@ -148,14 +150,15 @@ def draw_guidance(models, tracks, valid, scale, cameras, references, given):
     the paper: [0] the references (B,V,3,H,W) carried along the tracks, for the video tokens; the
     tracks (B,V,N,K,3) of *all* views that are ever valid are drawn in each."""
     views = given.shape[1]
+    stride = models.config["stride"]
     size = references.shape[-2:]
     shown = valid.any(2, keepdim=True).expand_as(valid)
     scenes = zip(tracks, shown, *cameras, references, given)
-    carried = torch.stack([references_along_tracks(*scene) for scene in scenes])
+    carried = torch.stack([references_along_tracks(*scene, stride) for scene in scenes])
     tracks = repeat(tracks, "b u n k c -> (b v) n (u k) c", v=views)
     shown = repeat(shown, "b u n k -> (b v) n (u k)", v=views)
     pseudo, _ = tracks_to_pseudo_video(tracks, shown, *map(fold, cameras), size, fold(scale),
-                                       radius=disc_radius(size, valid.shape[3]))
+                                       radius=TOUCHING * stride)
     motion = models.vae.encode(2 * pseudo.unflatten(0, given.shape) - 1, "motion")
     return torch.stack([models.vae.encode(carried, "video"), motion], 2)
 
@@ -217,9 +220,8 @@ class SampleState(NamedTuple):
     z_V: torch.Tensor
     z_Mpv: torch.Tensor
     scale: torch.Tensor      # (B,V,2) metres
-    coarse: torch.Tensor     # tracks read from z_Mpv, (B,V,N,K,3) metres
     valid: torch.Tensor      # (B,V,N,K) bool
-    tracks: torch.Tensor     # the DPA's, or coarse without it
+    tracks: torch.Tensor     # (B,V,N,K,3) metres: the DPA's, or without it those read from z_Mpv
     guidance: torch.Tensor   # of the next step, (B,V,2,C,n,h,w), or None
 
 
@@ -267,7 +269,7 @@ def sample(models, I, given, P, cameras, steps=4, seed=0, loop=True, aligned=Tru
         if loop and aligned:
             guidance = draw_guidance(models, M_bar, valid, s, cameras, I, given)
             guidance[:, :, 0] *= carry
-        yield SampleState(z_V, z_Mpv, s, coarse, valid, M_bar, guidance)
+        yield SampleState(z_V, z_Mpv, s, valid, M_bar, guidance)
 
 
 def moving_psnr(video, truth):
@@ -304,7 +306,7 @@ def run_program(name, work):
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         message = " ".join(str(error).split())
-    print(f"{name}: {message:.500}", file=sys.stderr)
+    print(f"{name}: {message[-500:]}", file=sys.stderr)       # a worker's begins with its traceback
     return 2
 
 

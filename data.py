@@ -39,17 +39,14 @@ from einops import rearrange, repeat
 FOREGROUND_BLUE = 0.3        # blue of the nearest point; the background's is 0
 FOREGROUND_THRESHOLD = 0.15  # half way: a decoded pixel with more blue than this is foreground
 DISC = 0.5                   # pixels: the radius of a point, where points are dense
+TOUCHING = 0.71              # strides: the radius at which the discs of a grid touch diagonally
 NEAREST = 1e-3               # metres of depth: what is nearer, or behind the camera, is not drawn
 
 
 # ------------------------------------------------------------------------------------- geometry
 
-def full_precision(function):
-    """Runs a function in float32 also under autocast: bf16 moves a point by 0.16 pixels."""
-    return torch.autocast("cuda", enabled=False)(torch.autocast("cpu", enabled=False)(function))
-
-
-@full_precision
+@torch.autocast("cuda", enabled=False)                 # bf16 would move a point by 0.16 pixels
+@torch.autocast("cpu", enabled=False)
 def transform(points, matrices):
     """Points (...,n) under affine maps (...,n+1,n+1): one for each point, or one a view, axis 0."""
     while matrices.ndim <= points.ndim:
@@ -142,7 +139,7 @@ def splat(uv, depth, shown, size, radius):
     buffer = torch.full((views, frames, height * width + 1), 2 ** 62, device=uv.device)
     slot = torch.arange(uv.shape[2], device=uv.device)
     shown = shown & (depth > NEAREST)
-    centre_x, centre_y = uv.clamp(-1e4, 1e4).unbind(-1)
+    centre_x, centre_y = uv.unbind(-1)
     reach = range(-math.ceil(radius), math.ceil(radius) + 1)
     for across, down in itertools.product(reach, reach):
         x = centre_x.floor() + across
@@ -157,11 +154,6 @@ def splat(uv, depth, shown, size, radius):
     return buffer & 0xFFFFFF, buffer < 2 ** 62
 
 
-def disc_radius(size, tracks):
-    """Pixels: the discs of `tracks` points on a grid over a picture of `size` touch diagonally."""
-    return 0.71 * (size[0] * size[1] / tracks) ** 0.5
-
-
 def tracks_to_pseudo_video(tracks, visible, intrinsics, extrinsics, size, scale=None, anchors=None,
                            radius=None):
     """Proj & Norm: each track is a disc at its pixel, in its anchor's colour. tracks (V,N,K,3),
@@ -170,7 +162,8 @@ def tracks_to_pseudo_video(tracks, visible, intrinsics, extrinsics, size, scale=
     uv, depth = project(tracks, intrinsics, extrinsics)                       # (V,N,K,2), (V,N,K)
     shown = True if visible is None else visible
     anchors = uv[:, 0] if anchors is None else anchors
-    radius = radius or disc_radius(size, tracks.shape[2])
+    stride = (size[0] * size[1] / tracks.shape[2]) ** 0.5
+    radius = radius or TOUCHING * stride
     winner, hit = splat(uv, depth, shown, size, radius)
     index = winner.flatten(2)                                                 # (V, N, H W)
     depth = depth.gather(2, index).unflatten(2, size)                         # (V, N, H, W)
@@ -205,7 +198,7 @@ def visible_tracks(tracks, found, pseudo, scale, camera):
     return visible
 
 
-def references_along_tracks(tracks, visible, intrinsics, extrinsics, references, given):
+def references_along_tracks(tracks, visible, intrinsics, extrinsics, references, given, stride):
     """Beyond the paper: references (V,3,H,W) of the views given (V,), carried along their tracks
     (V,N,K,3) into all views, (V,3,N,H,W). The anchor of the track that a pixel sees, plus the
     pixel's offset from the track, is a place in the picture of the view of the track."""
@@ -214,8 +207,7 @@ def references_along_tracks(tracks, visible, intrinsics, extrinsics, references,
     everything = repeat(tracks, "u n k c -> v n (u k) c", v=views)
     shown = repeat(visible & given[:, None, None], "u n k -> v n (u k)", v=views)
     uv, depth = project(everything, intrinsics, extrinsics)                   # (V, N, V K, 2)
-    winner, hit = splat(uv, depth, shown, size, disc_radius(size, count))
-    stride = round((size[0] * size[1] / count) ** 0.5)
+    winner, hit = splat(uv, depth, shown, size, TOUCHING * stride)
     anchors = track_grid(size, stride).to(uv)
     offset = anchors.repeat(views, 1) - uv
     offset = offset.take_along_dim(winner.flatten(2)[..., None], 2)
@@ -246,9 +238,8 @@ def count_votes(pseudo, scale, stride):
     one = torch.ones_like(depth)
     vote = torch.stack([column + 0.5, row + 0.5, depth, one], -1)             # (P, 4)
     # The rim is blended with the background, which spoils the depth: it counts for want of better.
-    background = (~foreground).float()
-    rim = F.max_pool2d(background, 3, 1, 1)[place]
-    trust = 1 - 0.98 * rim
+    inner = -F.max_pool2d(-foreground.float(), 3, 1, 1)
+    trust = 0.02 + 0.98 * inner[place]
     total = torch.zeros(views * frames * down * across, 4, device=pseudo.device)
     anchor = torch.stack([red * across, green * down], -1) - 0.5              # (P, 2) in cells
     for step in itertools.product((0, 1), (0, 1)):
@@ -677,7 +668,6 @@ class SyntheticHOI(Scenes):
         return self.cached(name, lambda: self.render(index, action))
 
     @torch.no_grad()
-    @full_precision
     def render(self, index, action):
         """Sample `index`, drawn and filmed."""
         split = self.SPLITS.index(self.split)
@@ -803,11 +793,9 @@ class TACO(Scenes):
         self.root = Path(root)
         self.report = {}
         self.names = []
-        listed = {}
         table = self.root / "split.csv"
-        for line in table.read_text("utf-8-sig").splitlines() if table.is_file() else ():
-            sequence, _, part = line.rpartition(",")
-            listed[Path(sequence.strip()).name] = part.strip()
+        text = table.read_text("utf-8-sig") if table.is_file() else ""
+        listed = dict(re.findall(r"([\w-]+) *, *(\w+) *$", text, re.M))          # sequence, split
         for folder in sorted(self.root.glob("Hand_Poses/*/*")):
             name = "/".join(folder.parts[-2:])                                   # triplet/sequence
             tenth = np.random.default_rng([*folder.name.encode()]).integers(10)  # a hash
@@ -987,7 +975,8 @@ def open_dataset(name, split, root, mano_dir, length=None, **settings):
     for key in ("video", "pseudo", "scale", "tracks", "visible", "intrinsics", "extrinsics"):
         found = torch.as_tensor(own.get(key, torch.nan))
         wanted, got = [f"{key}: {x.dtype} {tuple(x.shape)}" for x in (example[key], found)]
-        low, high = found.min(), found.max()
+        low = found.min()
+        high = found.max()
         inside = key not in ("video", "pseudo") or -1.001 < low < -0.2 and high < 1.001
         if got != wanted or not inside or not found.isfinite().all():
             got += f", {low:.2f} to {high:.2f}"

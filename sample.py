@@ -149,7 +149,8 @@ def answer(models, settings):
     result = scene | generate(models, scene, count == 1, **options | settings.options)
     tracks, valid = result["tracks"], result["valid"]
     ever = valid.any(1, keepdim=True).expand_as(valid)
-    carried = references_along_tracks(tracks, ever, *cameras, references, result["given"])
+    known = references, result["given"], models.config["stride"]
+    carried = references_along_tracks(tracks, ever, *cameras, *known)
     kinds = torch.stack([result["video"], result["motion"], carried])
     result["sheet"] = rearrange(kinds, "k v c n h w -> c n (v h) (k w)")
     result["anchors"] = track_grid(size, models.config["stride"])
@@ -187,8 +188,8 @@ def write_results(result, out, mp4):
         text = json.dumps(content).replace("<", "\\u003c")    # the prompt must not end the script
         page = (SHIPPED.parent / "assets/viewer.html").read_text("utf-8").replace("__DATA__", text)
         (draft / "viewer.html").write_text(page, encoding="utf-8")
-        for old in out.glob("*_view*.mp4"):                   # of a run that had more views
-            old.unlink()
+        for old in [*out.glob("video_view*.mp4"), *out.glob("motion_view*.mp4")]:
+            old.unlink()                                      # of a run that had more views
         for path in draft.iterdir():
             path.replace(out / path.name)
 

@@ -605,7 +605,7 @@ class TestPrograms:
     @each("fault, flags, word", [
         (spoiled("pseudo", torch.Tensor.abs), "--data data:Spoiled", "pseudo"),
         (spoiled("tracks", lambda x: 100 * x), "--data data:Spoiled", "pixels off"),      # cm
-        (spoiled("scale", lambda x, good=iter([1]): x * next(good, math.nan)),
+        (spoiled("scale", lambda x, good=iter([1, 1]): x * next(good, math.nan)),
          "--data data:Spoiled", "data .*scale"),
         ((train, "DataLoader", Mock(side_effect=RuntimeError("Bus error"))),
          "--workers 1 --resume", "--workers 0"),

@@ -108,14 +108,6 @@ def parse(arguments=None):
     return settings
 
 
-def make_dataset(settings, split):
-    """The data set of a run."""
-    length = settings.scenes if split == "train" else None
-    folders = settings.data_root, settings.mano_dir
-    return open_dataset(settings.data, split, *folders, length, seed=settings.seed,
-                        cache=settings.cache, **settings.shape)
-
-
 def batches(dataset, count, seed=0, device="cpu", step=0, workers=0):
     """Endless batches of `count` samples, of seed and step alone: a resumed run sees the same."""
     seeded = map(torch.Generator().manual_seed, range(seed * 1_000_003 + step, 2 ** 62))
@@ -296,10 +288,9 @@ def measure_latents(vae, batch):
 def validate(settings, models, stage, step):
     """Held-out scenes: a picture (truth, then the sample), dB of moving pixels and cm of tracks,
     each beside what a still first frame gives."""
-    dataset = make_dataset(settings, "val")
-    if len(dataset) == 0:
+    if len(settings.held_out) == 0:
         return
-    batch = next(batches(dataset, 4, 0, models.device))
+    batch = next(batches(settings.held_out, 4, 0, models.device))
     truth, tracks = batch["video"], batch["tracks"]
     scores = {"still_dB": moving_psnr(truth[:, :, :, :1].expand_as(truth), truth)}
     with torch.autocast(models.device.type, torch.bfloat16, settings.bf16):
@@ -338,7 +329,10 @@ def train(arguments=None):
     torch.manual_seed(settings.seed)
     models, source = load(settings)
     models.to(device).vae.latent_size(settings.frames, *settings.size)    # or it says what fits
-    dataset = make_dataset(settings, "train")
+    folders = settings.data_root, settings.mano_dir
+    shape = settings.shape | dict(seed=settings.seed, cache=settings.cache)
+    dataset = open_dataset(settings.data, "train", *folders, settings.scenes, **shape)
+    settings.held_out = open_dataset(settings.data, "val", *folders, **shape)
     measure(models, dataset, settings)
     averaged = copy.deepcopy(models).requires_grad_(False)
     saved = {}
