@@ -238,8 +238,9 @@ def count_votes(pseudo, scale, stride):
     one = torch.ones_like(depth)
     vote = torch.stack([column + 0.5, row + 0.5, depth, one], -1)             # (P, 4)
     # The rim is blended with the background, which spoils the depth: it counts for want of better.
-    inner = -F.max_pool2d(-foreground.float(), 3, 1, 1)
-    trust = 0.02 + 0.98 * inner[place]
+    background = (~foreground).float()
+    rim = F.max_pool2d(background, 3, 1, 1)[place]
+    trust = 1 - 0.98 * rim
     total = torch.zeros(views * frames * down * across, 4, device=pseudo.device)
     anchor = torch.stack([red * across, green * down], -1) - 0.5              # (P, 2) in cells
     for step in itertools.product((0, 1), (0, 1)):
