@@ -823,7 +823,7 @@ class TACO(Scenes):
                     return self.cached(f"taco3 {self.split} {name}", lambda: self.read(name))
             except (ValueError, LookupError, TypeError, EOFError, FileNotFoundError) as error:
                 self.leave_out(name, error)            # a full disk is none of these
-        raise ValueError(f"expected a readable sequence, got none: {self.report}")
+        raise ValueError(f"{self.report}: expected a readable sequence, got none")
 
     def leave_out(self, what, reason):
         """Tells, once, what is not used and why."""

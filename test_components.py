@@ -609,7 +609,7 @@ class TestPrograms:
          "--data data:Spoiled", "data .*scale"),
         ((train, "DataLoader", Mock(side_effect=RuntimeError("Bus error"))),
          "--workers 1 --resume", "--workers 0"),
-        ((torch, "save", Mock(side_effect=OSError("No space left"))), "", "No space left")])
+        ((torch, "save", Mock(side_effect=OSError(99 * "trace " + "No space"))), "", "No space")])
     def test_faults_cost_one_sentence(self, monkeypatch, capsys, fault, flags, word):
         shutil.copy("../trained/checkpoint.pt", ".")
         monkeypatch.setattr(*fault, raising=False)
@@ -635,11 +635,12 @@ class TestPrograms:
 
     def test_old_files_go_and_no_ffmpeg_costs_the_mp4s(self, monkeypatch, capsys):
         Path("motion_view7.mp4").write_text("old")
-        Path("my").write_text("own file")
-        monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", os.path.abspath("my"))          # not executable
+        Path("my_view.mp4").write_text("own file")
+        monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", os.path.abspath("my_view.mp4"))  # not executable
         assert shoot(".", "") == 0
         assert "ffmpeg" in capsys.readouterr().out
-        assert sorted(os.listdir()) == "my overview.gif overview.png tracks.npz viewer.html".split()
+        kept = "my_view.mp4 overview.gif overview.png tracks.npz viewer.html"
+        assert sorted(os.listdir()) == kept.split()
 
     def test_every_path_is_expanded(self, tmp_path, monkeypatch, capsys):
         monkeypatch.setenv("HOME", str(tmp_path))
