@@ -165,26 +165,31 @@ def tracks_to_pseudo_video(tracks, visible, intrinsics, extrinsics, size, scale=
     return colour(anchors, depth, hit, scale)
 
 
-def tracks_on_grid(points, pseudo, scale, camera, stride):
-    """Tracks (1,N,K,3) and visible (1,N,K) of one camera, picked on its grid from moving points
-    (1,N,P,3) that cover all surfaces; pseudo, scale: their pseudo video, in [0,1]."""
+def tracks_on_grid(points, camera, size, stride):
+    """Tracks (1,N,K,3) of one camera, picked on its grid from moving points (1,N,P,3) that cover
+    all surfaces, and found (K,): where frame 0 shows any."""
     # The cells of the grid are the pixels of a picture `stride` times smaller.
     uv, depth = project(points[:, :1], *camera)
-    cells = [side // stride for side in pseudo.shape[-2:]]
+    cells = [side // stride for side in size]
     first = splat(uv / stride, depth, True, cells, DISC / stride)
     track, found = [part.flatten() for part in first]                         # (K,)
-    return legible(points[:, :, track], found, pseudo, scale, camera, stride)
+    return points[:, :, track], found
 
 
-def legible(tracks, found, pseudo, scale, camera, stride):
-    """tracks (1,N,K,3) and visible (1,N,K): of those found in frame 0, (K,), what can be read from
-    their pseudo video in [0,1] to a cell's width. What is not in frame 0 never is, and is 0."""
+def one_view(video, pseudo, scale, tracks, found, camera, stride):
+    """What a view adds to a sample. Of tracks (1,N,K,3), found in frame 0 or not (K,), that is
+    visible which can be read from the pseudo video (1,3,N,H,W) in [0,1] to the width of a cell.
+    What is not in frame 0 never is, and is 0."""
     read, valid = pseudo_video_to_tracks(pseudo, scale, *camera, stride)
-    _, depth = project(tracks, *camera)
-    cell = stride * depth / camera[0][0, 0, 0]                                # metres
+    intrinsics, extrinsics = camera
+    _, depth = project(tracks, intrinsics, extrinsics)
+    cell = stride * depth / intrinsics[0, 0, 0]                               # metres
     visible = valid & ((read - tracks).norm(dim=-1) < cell)
-    visible = visible & (found & visible[:, :1])
-    return tracks.masked_fill(~visible[:, :1, :, None], 0), visible
+    visible &= found & visible[:, :1]
+    tracks = tracks.masked_fill(~visible[:, :1, :, None], 0)
+    view = dict(video=video, pseudo=2 * pseudo - 1, scale=scale, tracks=tracks, visible=visible,
+                intrinsics=intrinsics, extrinsics=extrinsics)
+    return {key: value[0] for key, value in view.items()}
 
 
 def references_along_tracks(tracks, visible, intrinsics, extrinsics, references, given, stride):
@@ -399,12 +404,12 @@ def camera(eye, aim, focal, size):
 def camera_rig(views, size, draw=lambda low, high: (low + high) / 2):
     """Cameras on an arc from the person's left (view 0) to the right, the middle one opposite."""
     zoom = min(size[0] / .305, size[1] / .4575)
+    aim = torch.tensor([-.04, .04, .09])
     cameras = []
     for place in range(1 - views, views, 2):
         side = .7 * place / max(views - 1, 1) + draw(-.08, .08)
         up = draw(.75, .95)
         back = torch.tensor([-math.sin(side), -math.cos(side), up])
-        aim = torch.tensor([draw(-.05, -.03), draw(.03, .05), draw(.085, .095)])
         distance = draw(.66, .74)
         eye = aim + distance * F.normalize(back, dim=0)
         cameras.append(camera(eye, aim, distance * zoom, size))
@@ -619,11 +624,8 @@ def film(scene, camera, size, stride):
     cell = np.s_[0, stride::2 * stride, stride::2 * stride]
     index = piece[cell].flatten()
     tracks = transform(local[cell].flatten(0, 1), scene["pose"][index].movedim(1, 0))
-    tracks, visible = legible(tracks[None], index >= 0, pseudo, scale, camera, stride)
-    intrinsics, extrinsics = camera
-    return {"video": video, "pseudo": 2 * pseudo[0] - 1, "scale": scale[0], "tracks": tracks[0],
-            "visible": visible[0], "part": scene["part"][index], "intrinsics": intrinsics[0],
-            "extrinsics": extrinsics[0]}
+    view = one_view(video[None], pseudo, scale, tracks[None], index >= 0, camera, stride)
+    return view | {"part": scene["part"][index]}
 
 
 class SyntheticHOI(Scenes):
@@ -834,9 +836,7 @@ class TACO(Scenes):
         chosen = [cameras[chance.choice(group)] for group in groups]
         points = self.surface_points(triangles, chance)
         views = [self.view(*camera, points, window) for camera in chosen]
-        parts = zip(*views)
-        keys = "video", "pseudo", "scale", "tracks", "visible", "intrinsics", "extrinsics"
-        sample = dict(zip(keys, map(torch.cat, parts)))
+        sample = torch.utils.data.default_collate(views)
         sample["prompt"] = re.sub(r"\((.+), (.+), (.+)\)/.*", r"<\2, \1, \3>", name)
         return sample
 
@@ -904,7 +904,7 @@ class TACO(Scenes):
         return video / 127.5 - 1
 
     def view(self, path, intrinsics, extrinsics, picture, points, window):
-        """What one camera adds to a sample: the values of `keys` above, (1,...) each."""
+        """What one camera adds to a sample."""
         size = torch.tensor(self.size).flip(0)                                   # width, height
         # A box of that aspect around everything, in even numbers, which ffmpeg crops and scales.
         uv, _ = project(points, intrinsics, extrinsics)
@@ -929,8 +929,8 @@ class TACO(Scenes):
         outside = changes[~moves].mean()
         if inside < 2.5 * outside:                                   # 10 times, if all is well
             raise ValueError(f"wrong calibration: meshes move apart from {path}")
-        tracks, visible = tracks_on_grid(points, pseudo, scale, camera, self.stride)
-        return video[None], 2 * pseudo - 1, scale, tracks, visible, intrinsics, extrinsics
+        tracks, found = tracks_on_grid(points, camera, self.size, self.stride)
+        return one_view(video[None], pseudo, scale, tracks, found, camera, self.stride)
 
 
 def open_dataset(name, split, root, mano_dir, length=None, **settings):
