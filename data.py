@@ -942,10 +942,12 @@ def open_dataset(name, split, root, mano_dir, length=None, **settings):
         return TACO(root, mano_dir, split, **settings)
     try:
         dataset = pkgutil.resolve_name(name)(split, **settings)
-    except (ImportError, AttributeError, TypeError) as error:
+        if split == "val" and len(dataset) == 0:               # nothing held out
+            return dataset
+        own = dict(dataset[0])
+    except (ImportError, AttributeError, TypeError, LookupError) as error:
         raise ValueError(f"--data: expected synthetic, taco or MODULE:CLASS (see README): {error}")
     example = SyntheticHOI("val", **settings)[0]
-    own = dataset[0]
     if not isinstance(own.get("prompt"), str):
         raise ValueError("--data: expected prompt, a str, in each sample")
     for key in ("video", "pseudo", "scale", "tracks", "visible", "intrinsics", "extrinsics"):

@@ -608,6 +608,7 @@ class TestPrograms:
         (spoiled("tracks", lambda x: 100 * x), "--data data:Spoiled", "cell k"),      # cm
         (spoiled("scale", lambda x, good=iter([1, 1]): x * next(good, math.nan)),
          "--data data:Spoiled", "data .*scale"),
+        ((data, "Spoiled", lambda *_, **__: [1]), "--data data:Spoiled", "MODULE:CLASS .*iterable"),
         ((train, "DataLoader", Mock(side_effect=RuntimeError("Bus error"))),
          "--workers 1 --resume", "--workers 0"),
         ((torch, "save", Mock(side_effect=OSError(99 * "trace " + "No space"))), "", "No space")])
@@ -721,6 +722,9 @@ class TestPrograms:
         flags = "--weights out/weights.pt --steps 1 --scenes 1 --eval"
         assert call(sample, f"{flags} --data data:Spoiled") == 0
         assert call(sample, flags) == 2
+        monkeypatch.setattr(data.Spoiled, "__len__", lambda own: 9 * (own.split == "train"))
+        assert run("out", "--stage base --steps 1 --data data:Spoiled") == 0    # nothing held out
+        assert call(sample, f"{flags} --data data:Spoiled") == 2
 
     @each("start, flags", [(start, flags) for start in BAD for flags in BAD[start].split(";")])
     def test_bad_input_costs_one_line(self, capsys, start, flags):
