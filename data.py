@@ -942,7 +942,7 @@ def open_dataset(name, split, root, mano_dir, length=None, **settings):
         return TACO(root, mano_dir, split, **settings)
     try:
         dataset = pkgutil.resolve_name(name)(split, **settings)
-        if split == "val" and len(dataset) == 0:               # nothing held out
+        if split != "train" and len(dataset) == 0:             # nothing held out
             return dataset
         own = dict(dataset[0])
     except (ImportError, AttributeError, TypeError, LookupError) as error:
@@ -951,7 +951,7 @@ def open_dataset(name, split, root, mano_dir, length=None, **settings):
     if not isinstance(own.get("prompt"), str):
         raise ValueError("--data: expected prompt, a str, in each sample")
     for key in ("video", "pseudo", "scale", "tracks", "visible", "intrinsics", "extrinsics"):
-        found = torch.as_tensor(own.get(key, torch.nan))
+        found = own[key] if torch.is_tensor(own.get(key)) else torch.tensor(torch.nan)
         wanted, got = [f"{key}: {x.dtype} {tuple(x.shape)}" for x in (example[key], found)]
         low = found.min()
         high = found.max()

@@ -556,9 +556,10 @@ def spoiled(key, change):
 
 BAD = {
     run: """--steps -1;--size 30x40;--frames 4;--rate nan;--steps 9 --rate 1e30;--batch 1.5
-        ;--scenes -1;--resume;--out FILE;--data taco;--data taco --data-root /no --mano-dir /no
+        ;--scenes -1;--seed 1000000;--resume;--out FILE;--data taco;--data taco --data-root /no --mano-dir /no
         ;--data nothing:Here;--out ../trained --preset small;--out ../trained --stage all
-        ;--out ../trained --stage vae --resume;--out ../trained --resume --views 1""",
+        ;--out ../trained --stage vae --resume;--out ../trained --resume --views 1
+        ;--out ../trained --resume --data data:SyntheticHOI""",
     shoot: """--ref none.png;--ref FILE;--ref NAN.tiff;--ref REF REF REF;--prompt=;--out FILE
         ;--prompt a,b,c,d,e,f,g,h,i,j,k,l,m,n,o,p;--text-scale nan;--eta 2;--cameras FILE
         ;--weights FILE;--weights none.pt"""}
@@ -606,6 +607,7 @@ class TestPrograms:
     @each("fault, flags, word", [
         (spoiled("pseudo", torch.Tensor.abs), "--data data:Spoiled", "pseudo"),
         (spoiled("tracks", lambda x: 100 * x), "--data data:Spoiled", "cell k"),      # cm
+        (spoiled("scale", torch.Tensor.numpy), "--data data:Spoiled", "scale"),
         (spoiled("scale", lambda x, good=iter([1, 1]): x * next(good, math.nan)),
          "--data data:Spoiled", "data .*scale"),
         ((data, "Spoiled", lambda *_, **__: [1]), "--data data:Spoiled", "MODULE:CLASS .*iterable"),
@@ -716,6 +718,14 @@ class TestPrograms:
         assert call(sample, f"{flags} --eval") == 2                          # not without the data
         assert call(sample, f"{flags} --eval --split val {source}") == 2
 
+    def test_the_truth_wins_every_trial_of_actions(self, monkeypatch):
+        world = data.SyntheticHOI("val", **TINY)
+        monkeypatch.setattr(sample, "made", lambda models, scene, *options: {
+            "tracks": scene["tracks"], "valid": scene["visible"]})
+        for index, count in ((0, 0), (1, 2), (2, 3)):         # where one is known, no choice
+            trials = [*sample.action_trials(None, {}, world, index)]
+            assert trials == count * [{"accuracy": True, "chance": 1 / max(1, count)}]
+
     def test_own_data_trains_and_is_evaluated(self, monkeypatch):
         monkeypatch.setattr(*spoiled("prompt", str), raising=False)
         assert run("out", "--stage base --steps 1 --data data:Spoiled") == 0
@@ -768,5 +778,5 @@ class TestPrograms:
             assert re.search(rf"--(no-)?{flag}(?![\w-])", "".join(scripts.values())), flag
         report = json.loads((HERE / "assets/eval.json").read_text())["val"]
         for row in (*report["ablation"], report["baseline"], report["ceiling"]):
-            for key in ("psnr_moving", "sharpness", "mv_rpe", "hands_tool_cm"):
-                assert f"| {row[key]:.2f} ± {row[key + '_ci']:.2f} |" in text, (row, key)
+            for key in ("psnr_moving", "sharpness", "matching_pixels", "mv_rpe", "hands_tool_cm"):
+                assert f"| {row[key]:.2f}±{row[key + '_ci']:.2f} |" in text, (row, key)

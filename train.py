@@ -90,12 +90,14 @@ def parse(arguments=None):
     preset = parser.parse_known_args(arguments)[0].preset
     parser.set_defaults(out=f"runs/{preset}", **PRESETS[preset])
     settings = parser.parse_args(arguments)
-    for name in ("views", "batch", "scenes", "steps", "minutes", "rate"):
+    for name in ("views", "frames", "batch", "scenes", "steps", "minutes", "rate"):
         value = getattr(settings, name)
         if value is not None and not 0 < value < math.inf:                   # so NaN is refused too
             parser.error(f"--{name}: expected a number above 0, got {value}")
     if [side % 16 for side in settings.size] != [0, 0] or min(settings.size) < 16:
         parser.error("--size: expected HxW, both multiples of 16")
+    if not 0 <= settings.seed < 1_000_000:
+        parser.error("--seed: expected 0 to 999,999")
     if settings.data == "synthetic" and settings.scenes and not settings.cache:
         settings.cache = settings.out / "scenes"
     settings.shape = {name: vars(settings)[name] for name in ("size", "frames", "views", "stride")}
@@ -108,12 +110,18 @@ def parse(arguments=None):
     return settings
 
 
+def undisturbed(worker):
+    """Ctrl-C is the main process's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def batches(dataset, count, seed=0, device="cpu", step=0, workers=0):
     """Endless batches of `count` samples, of seed and step alone: a resumed run sees the same."""
     seeded = map(torch.Generator().manual_seed, range(seed * 1_000_003 + step, 2 ** 62))
     order = (torch.randint(len(dataset), (count,), generator=dice).tolist() for dice in seeded)
     try:
-        for batch in DataLoader(dataset, batch_sampler=order, num_workers=workers):
+        for batch in DataLoader(dataset, batch_sampler=order, num_workers=workers,
+                                worker_init_fn=undisturbed):
             yield {key: x if key == "prompt" else x.to(device) for key, x in batch.items()}
     except RuntimeError as error:
         raise ValueError(f"data (worker died? use --workers 0 or Docker's --shm-size=2g): {error}")
@@ -164,15 +172,15 @@ def load(settings):
         raise ValueError(f"--stage all: found {checkpoint}: give --resume, or another --out")
     wanted = {name: getattr(settings, name) for name in ("vae", "mjd", "dpa", "path")}
     if settings.resume:
-        wanted |= settings.shape
+        wanted |= settings.shape | dict(data=settings.data)
     if settings.resume or checkpoint.exists():
         source = checkpoint
     elif not source.exists() or settings.stages[0] == "vae":
         return Models(wanted | dict(trained=[])), "new weights"
     models = load_models(source)                        # the average
     if models.config | wanted != models.config:
-        raise ValueError(f"{source}: expected networks, path and (with --resume) --size, --views, "
-                         "--frames as they were: repeat them, or --stage all with a new --out")
+        raise ValueError(f"{source}: expected networks, path and (with --resume) --data, --size, "
+                         "--views, --frames as then: repeat them, or --stage all with a new --out")
     return models, source
 
 
@@ -181,7 +189,7 @@ def measure(models, dataset, settings):
     config, views = models.config, settings.views
     batch = next(batches(dataset, 16))                               # the same in all processes
     if settings.stages[0] == "vae" and not config["trained"]:
-        models.vae.init_from(torch.cat([fold(batch["video"]), fold(batch["pseudo"])]))
+        models.vae.init_from(torch.cat([fold(batch[key][:4]) for key in ("video", "pseudo")]))
     if config.get("data") != settings.data:
         models.mjd.scale_centre.copy_(batch["scale"].nanmean((0, 1)))
         models.dpa.scene_centre.copy_(batch["tracks"][batch["visible"]].nanmean(0))
