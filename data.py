@@ -284,14 +284,14 @@ class Scenes(torch.utils.data.Dataset):
     def cached(self, name, make):
         """The sample of `make()`; if there is a cache, kept in a file, whole or not at all."""
         settings = self.size, self.frames, self.views, self.stride, self.seed
-        path = Path(self.cache or "") / f"{name} {settings}.pt"
+        path = self.cache and Path(self.cache) / f"{name} {settings}.pt"
         try:
             sample = torch.load(path, weights_only=True)
         except Exception:                                     # none yet, or damaged: make it anew
             sample = make()
             sample["video"] = (127.5 * (sample["video"] + 1)).round().to(torch.uint8)
             sample["pseudo"] = (32767 * sample["pseudo"]).round().to(torch.int16)
-            if self.cache:
+            if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 aside = path.with_suffix(f".{os.getpid()}.tmp")
                 torch.save(sample, aside)
