@@ -557,7 +557,8 @@ def spoiled(key, change):
 BAD = {
     run: """--steps -1;--size 30x40;--frames 4;--rate nan;--steps 9 --rate 1e30;--batch 1.5
         ;--scenes -1;--seed 1000000;--resume;--out FILE;--data taco
-        ;--data taco --data-root /no --mano-dir /no;--data nothing:Here;--out ../trained --preset small;--out ../trained --stage all
+        ;--data taco --data-root /no --mano-dir /no;--data nothing:Here
+        ;--out ../trained --preset small;--out ../trained --stage all
         ;--out ../trained --stage vae --resume;--out ../trained --resume --views 1
         ;--out ../trained --resume --data data:SyntheticHOI""",
     shoot: """--ref none.png;--ref FILE;--ref NAN.tiff;--ref REF REF REF;--prompt=;--out FILE
