@@ -314,7 +314,7 @@ def lesson():
     """Fig. 2 on a held-out scene with the shipped weights: three steps, loop on beside loop off."""
     from matplotlib.figure import Figure       # here, so that importing cycle.py stays quick
     models = load_models(SHIPPED / "small.pt")
-    scene = default_collate([SyntheticHOI("val")[0]])
+    scene = default_collate([SyntheticHOI("val")[1]])
     decode, video, prompt = models.vae.decode, scene["video"], scene["prompt"]
     given = torch.tensor([[False, True, False]])
     cameras = scene["intrinsics"], scene["extrinsics"]
@@ -338,8 +338,8 @@ def lesson():
         axis.set(title=f"loop={loop}", xticks=[], anchor="N")
     Path("out").mkdir(exist_ok=True)
     figure.savefig("out/cycle.png", dpi=80)
-    print("wrote out/cycle.png. Try sample(..., carry=False) in lesson: the paper's guidance\n"
-          "alone, of the motion tokens, brings the shipped weights .01 dB here (to 15.18).")
+    print("wrote out/cycle.png. Try sample(..., carry=False) in lesson: of the paper's guidance\n"
+          "alone, that of the motion tokens, the shipped weights make 16.78 dB and 1.44 cm here.")
 
 
 if __name__ == "__main__":

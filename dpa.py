@@ -146,8 +146,8 @@ class Block(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         self.conv = VoxelConv(dim)
-        self.patches = Attention(dim, heads)
-        self.tracks = Attention(dim, heads)
+        self.inter_view = Attention(dim, heads)
+        self.cross = Attention(dim, heads)
         self.mlp = mlp(dim, 4 * dim)
         self.modulation = zero_init(nn.Linear(dim, 10 * dim))
 
@@ -162,11 +162,11 @@ class Block(nn.Module):
         tokens = modulate(x, shift2, scale2).flatten(0, 1)                    # (T, D)
         tokens = tokens.index_select(0, patches.flatten().clamp_min(0))
         tokens = tokens.unflatten(0, patches.shape)                           # (patches, patch, D)
-        mixed = self.patches(tokens, mask=(patches >= 0)[:, None, None])
+        mixed = self.inter_view(tokens, mask=(patches >= 0)[:, None, None])
         x = x + g2 * mixed.flatten(0, 1).index_select(0, place).view_as(x)
         # 4D-conditioned cross-attention to a track's coarse points; beyond the paper, also its own
         own = modulate(x, shift3, scale3)
-        x = x + g3 * self.tracks(own, torch.cat([coarse, own], 1), mask=mask)
+        x = x + g3 * self.cross(own, torch.cat([coarse, own], 1), mask=mask)
         return x + g4 * self.mlp(modulate(x, shift4, scale4))
 
 

@@ -5,7 +5,7 @@
     python train.py --stage all --resume          # go on where a stopped run was
     torchrun --nproc_per_node=8 train.py --stage all --preset taco --data taco ...     # FSDP2
 
-Stages: vae (then frozen), base (single-view MJD, no loop), dpa (on the MJD's estimates), joint
+Stages: vae (then frozen), base (the MJD, no loop), dpa (on the MJD's estimates), joint
 (Alg. 1). A run folder has checkpoint.pt, weights.pt for sample.py, and samples val_*.png.
 """
 
@@ -32,7 +32,7 @@ from mjd import Attention
 
 STAGES = {"vae": ["vae"], "base": ["mjd"], "dpa": ["dpa"], "joint": ["mjd", "dpa"]}   # trains what
 LOG_EVERY, SAVE_EVERY = 20, 200      # steps
-LOOP_SHARE, SINGLE_VIEW_SHARE, TEXT_DROPOUT = 0.65, 0.15, 0.1   # of joint steps twice, of prompts
+LOOP_SHARE, SINGLE_VIEW_SHARE, TEXT_DROPOUT = 0.65, 0.2, 0.1   # of joint's steps, all, prompts
 RANK = int(os.environ.get("RANK", 0))                # this process, of WORLD that torchrun starts
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -146,8 +146,8 @@ def stage_losses(stage, models, batch):
     if stage == "vae":
         return vae_losses(models.vae, batch)
     alone, loop = of_first(torch.rand(2))
-    if stage == "base" or stage == "joint" and alone < SINGLE_VIEW_SHARE:
-        batch = single_views(batch)           # the single-view warm-up, and it stays alive in joint
+    if alone < SINGLE_VIEW_SHARE:         # the paper: in the MJD's warm-up always, then never
+        batch = single_views(batch)
     # Of each sample 1..V references are shown, each number as often: so one is enough to sample.
     shape = batch["scale"].shape[:2]
     rank = torch.rand(shape).argsort(1).argsort(1)
