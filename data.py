@@ -775,7 +775,8 @@ class TACO(Scenes):
         self.report = {}
         self.names = []
         table = self.root / "split.csv"
-        text = table.read_text("utf-8-sig") if table.is_file() else ""
+        raw = table.read_bytes() if table.is_file() else b""
+        text = raw.decode(json.detect_encoding(raw))                             # UTF-16 too
         listed = dict(re.findall(r"([\w-]+) *, *(\w+) *$", text, re.M))          # sequence, split
         for folder in sorted(self.root.glob("Hand_Poses/*/*")):
             name = "/".join(folder.parts[-2:])                                   # triplet/sequence

@@ -242,9 +242,10 @@ class TestData:
         assert close(foreground.min(), 0.3, 1e-4)
         assert close(foreground.max(), 1, 1e-4)
 
-    def test_a_split_file_is_followed(self, tree):
+    @each("encoding", ["utf-8-sig", "utf-16"])
+    def test_a_split_file_is_followed(self, tree, encoding):
         shutil.copytree(tree / "Hand_Poses", "Hand_Poses")
-        Path("split.csv").write_text("022,train\n(stir, spoon, cup)/023, test_1\n", "utf-8-sig")
+        Path("split.csv").write_text("022,train\n(stir, spoon, cup)/023, test_1\n", encoding)
         for split, names in (("train", TREE[3:4]), ("test_1", TREE[4:5]), ("val", [])):
             assert data.TACO(".", tree, split).names == names
 
