@@ -731,6 +731,9 @@ def load_mano(folder, side):
     path = Path(folder) / f"MANO_{side}.npz"
     content = np.load(path) if path.is_file() else read_pickle(path.with_suffix(".pkl"))
     names = "v_template shapedirs posedirs J_regressor weights kintree_table f".split()
+    missing = [name for name in names if name not in content]
+    if missing:
+        raise ValueError(f"{folder}/MANO_{side}: expected MANO's own names, {missing} are missing")
     return {name: as_tensor(content[name]) for name in names}
 
 

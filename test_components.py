@@ -253,6 +253,9 @@ class TestData:
         one = torch.eye(3)
         np.savez("MANO_RIGHT.npz", **data.load_mano(tree, "RIGHT"))
         model = data.load_mano(".", "RIGHT")
+        np.savez("MANO_LEFT.npz", f=model["f"])
+        with pytest.raises(ValueError, match="LEFT.*weights"):
+            data.load_mano(".", "LEFT")
         pose, shape, place = torch.randn(16, 3) / 2, torch.randn(10), torch.randn(3)
         rest = model["v_template"] + model["shapedirs"] @ shape
         joints = model["J_regressor"] @ rest
