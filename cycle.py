@@ -52,7 +52,8 @@ class DDIMScheduler:
         if self.path == "flow":
             return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
         rate = math.pi / 2
-        alpha, sigma = torch.cos(rate * t), torch.sin(rate * t)
+        alpha = torch.cos(rate * t)
+        sigma = torch.sin(rate * t)
         return alpha, sigma, -rate * sigma, rate * alpha
 
     def add_noise(self, clean, noise, t):

@@ -221,7 +221,8 @@ def count_votes(pseudo, scale, stride):
     """Sums (V,N,K,4) of the votes for every cell: of their pixel, depth and 1. A foreground pixel
     votes for the four cells nearest to the anchor that its colour names."""
     views, _, frames, height, width = pseudo.shape
-    across, down = width // stride, height // stride
+    across = width // stride
+    down = height // stride
     pictures = rearrange(pseudo, "v c n h w -> (v n) h w c")
     foreground = pictures[..., 2] > FOREGROUND_THRESHOLD
     place = foreground.nonzero(as_tuple=True)                                 # P votes
@@ -1004,7 +1005,7 @@ def lesson(stride=4):
     iio.imwrite("out/data.png", repeat(rows, "h w c -> (h a) (w b) c", a=3, b=3).numpy())
     print("wrote out/data.png (of each view: video, pseudo video) and the first frames,")
     print("out/ref0.png to ref2.png. Try lesson(stride=2): four times the tracks; the exact one is")
-    print("read to .9 mm, the noisy one, with fewer votes a cell, to 10.")
+    print("read to .9 mm, the noisy one, with fewer votes a cell, to some 10.")
 
 
 if __name__ == "__main__":

@@ -720,6 +720,12 @@ class TestPrograms:
         assert call(sample, f"{flags} --eval --split unseen {source}") == 0
         table = json.loads(Path("eval.json").read_text())["unseen"]
         assert table["baseline"]["tracks_cm_ci"] is None                     # of one scene
+        shutil.copytree(tree, "broken")
+        Path("broken/split.csv").write_text("".join(f"{name},unseen\n" for name in TREE[:2]))
+        (Path("broken/Object_Poses") / TREE[0] / "tool_1.npy").unlink()
+        two = f"{flags} --scenes 2 --eval --split unseen --data taco --data-root broken"
+        assert call(sample, f"{two} --mano-dir {tree}") == 0
+        assert json.loads(Path("eval.json").read_text())["unseen"]["scenes"] == 1
         assert call(sample, f"{flags} --eval") == 2                          # not without the data
         assert call(sample, f"{flags} --eval --split val {source}") == 2
 
