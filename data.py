@@ -130,24 +130,21 @@ def splat(uv, depth, shown, size, radius):
     centre (2 mm a pixel): keys are depth in 0.1 mm, in the high bits, and the slot."""
     height, width = size
     views, frames, _ = depth.shape
-    shown = (shown & (depth > NEAREST)).nonzero(as_tuple=True)
-    view, frame, slot = shown
-    start = (view * frames + frame) * height * width       # of a point's picture in the buffer
-    depth = depth[shown]
-    centre_x, centre_y = uv[shown].unbind(-1)
-    buffer = torch.full((views * frames * height * width + 1,), 2 ** 62, device=uv.device)
+    buffer = torch.full((views, frames, height * width + 1), 2 ** 62, device=uv.device)
+    slot = torch.arange(uv.shape[2], device=uv.device)
+    shown = shown & (depth > NEAREST)
+    centre_x, centre_y = uv.unbind(-1)
     reach = range(-math.ceil(radius), math.ceil(radius) + 1)
     for across, down in itertools.product(reach, reach):
         x = centre_x.floor() + across
         y = centre_y.floor() + down
         distance = torch.hypot(x + 0.5 - centre_x, y + 0.5 - centre_y)
-        drawn = within(x, y, size) & (distance <= radius)
-        pixel = start + (y * width + x).long()
-        pixel = pixel.where(drawn, len(buffer) - 1)
+        drawn = shown & within(x, y, size) & (distance <= radius)
+        pixel = torch.where(drawn, y * width + x, height * width)
         order = (depth + 0.002 * distance).clamp(0, 1e4)
         key = (1e4 * order).long() << 24 | slot
-        buffer.scatter_reduce_(0, pixel, key, "amin")
-    buffer = buffer[:-1].view(views, frames, height, width)
+        buffer.scatter_reduce_(2, pixel.long(), key, "amin")
+    buffer = buffer[..., :-1].unflatten(2, size)
     return buffer & 0xFFFFFF, buffer < 2 ** 62
 
 
