@@ -26,13 +26,13 @@ from einops import rearrange, repeat
 from torch import nn
 from torch.utils.data import default_collate
 
-from data import (TOUCHING, SyntheticHOI, camera_centres, film_strip, plucker_rays,
-                  pseudo_video_to_tracks, references_along_tracks, track_grid,
-                  tracks_to_pseudo_video)
+from data import (SyntheticHOI, camera_centres, draw_in_all_views, film_strip, plucker_rays,
+                  pseudo_video_to_tracks, track_grid, transform)
 from dpa import DPA, chamfer_distance
 from mjd import MJD, VideoVAE
 
 SHIPPED = Path(__file__).parent / "weights"
+TYPICAL_DEPTH = 0.707        # metres from a camera to the scene's middle, in the synthetic world
 fold = nn.Flatten(0, 1)      # (B,V,...) -> (B V,...): data.py's functions take any number of views
 
 
@@ -125,15 +125,24 @@ def single_views(batch):
     return single | {"prompt": [prompt for prompt in batch["prompt"] for _ in range(views)]}
 
 
-def conditions(models, cameras, given, n, size):
+def usual_scale(models, extrinsics):
+    """The scale (B,V,2) in metres to expect of cameras (B,V,4,4): a typical one, moved to where the
+    scene's middle is. Small networks do not learn from rays how far off a camera is."""
+    depth = transform(models.dpa.scene_centre, extrinsics)[..., 2:]
+    return models.mjd.scale_centre + depth - TYPICAL_DEPTH
+
+
+def conditions(models, cameras, given, size):
     """What the networks are told: rays (B,V,6,H,W), anchors (K,2) in [0,1] of the picture, camera
-    centres (B,V,3) in metres; and known (B,V,1,n,1,1): latent frame 0 of the views given (B,V)."""
+    centres (B,V,3) in metres; known (B,V,1,n,1,1): latent frame 0 of the views given (B,V); and
+    the usual scale (B,V,2)."""
     rays = plucker_rays(*map(fold, cameras), size).unflatten(0, given.shape)
     anchors = track_grid(size, models.config["stride"]).to(rays)
     anchors /= rays.new_tensor(size).flip(0)
+    n, _, _ = models.vae.latent_size(models.config["frames"], *size)
     known = nn.functional.pad(given[..., None], (0, n - 1))
     known = rearrange(known, "b v n -> b v 1 n 1 1")
-    return rays, anchors, camera_centres(cameras[1]), known
+    return rays, anchors, camera_centres(cameras[1]), known, usual_scale(models, cameras[1])
 
 
 @torch.no_grad()
@@ -145,22 +154,15 @@ def read_tracks(models, motion, scale, cameras):
     return [x.unflatten(0, scale.shape[:2]) for x in found]
 
 
-@torch.no_grad()
 def draw_guidance(models, tracks, valid, scale, cameras, references, given):
     """Guidance (B,V,2,C,n,h,w) of the MJD: [1] z~ = E(ProjNorm(M~)), for the motion tokens. Beyond
     the paper: [0] the references (B,V,3,H,W) carried along the tracks, for the video tokens; the
     tracks (B,V,N,K,3) of *all* views that are ever valid are drawn in each."""
-    views = given.shape[1]
     stride = models.config["stride"]
-    size = references.shape[-2:]
-    shown = valid.any(2, keepdim=True).expand_as(valid)
-    scenes = zip(tracks, shown, *cameras, references, given)
-    carried = torch.stack([references_along_tracks(*scene, stride) for scene in scenes])
-    tracks = repeat(tracks, "b u n k c -> (b v) n (u k) c", v=views)
-    shown = repeat(shown, "b u n k -> (b v) n (u k)", v=views)
-    pseudo, _ = tracks_to_pseudo_video(tracks, shown, *map(fold, cameras), size, fold(scale),
-                                       radius=TOUCHING * stride)
-    motion = models.vae.encode(2 * pseudo.unflatten(0, given.shape) - 1, "motion")
+    scenes = zip(tracks, valid, zip(*cameras), scale, references, given)
+    drawn = [draw_in_all_views(*scene, stride) for scene in scenes]
+    pseudo, carried = map(torch.stack, zip(*drawn))
+    motion = models.vae.encode(2 * pseudo - 1, "motion")
     return torch.stack([models.vae.encode(carried, "video"), motion], 2)
 
 
@@ -174,7 +176,7 @@ def joint_losses(models, batch, given, loop=True, aligned=True):
     I, s, M = batch["video"][:, :, :, 0], batch["scale"], dpa.normalise(batch["tracks"])
     z_V = vae.encode(batch["video"], "video").detach()
     z_Mpv = vae.encode(batch["pseudo"], "motion").detach()
-    rays, anchors, eyes, known = conditions(models, cameras, given, z_V.shape[3], I.shape[-2:])
+    rays, anchors, eyes, known, usual = conditions(models, cameras, given, I.shape[-2:])
     # line 2: diffuse all three with one t; the paper's is t ~ U(0,1), ours is shifted
     t = scheduler.shifted(torch.rand(len(M), device=M.device))
     coefficients = scheduler.coefficients(t)
@@ -186,7 +188,7 @@ def joint_losses(models, batch, given, loop=True, aligned=True):
     guidance = None
     if loop:
         with torch.no_grad():
-            _, v_Mpv, s_hat = mjd(z_Vt, z_Mpvt, t, coefficients, P, rays, given)
+            _, v_Mpv, s_hat = mjd(z_Vt, z_Mpvt, t, coefficients, P, rays, usual, given)
             clean, _ = scheduler.predict(v_Mpv, z_Mpvt, t)     # z_Mpvt itself reads 6-23 cm off
             coarse, valid = read_tracks(models, clean, s_hat, cameras)
             v_M = dpa(M_t, coarse, valid, t, coefficients, anchors, eyes)
@@ -194,7 +196,7 @@ def joint_losses(models, batch, given, loop=True, aligned=True):
             guidance = draw_guidance(models, M_tilde, valid, s_hat, cameras, I, given)
         torch.clear_autocast_cache()     # else torch < 2.10 reuses weights cast without gradient
     # line 4: (v_V, v_Mpv, s) = G_MJD(z_V,t, z_Mpv,t + z~, z_I, P, t); "+": a learned projection
-    v_V, v_Mpv, s_hat = mjd(z_Vt, z_Mpvt, t, coefficients, P, rays, given, guidance)
+    v_V, v_Mpv, s_hat = mjd(z_Vt, z_Mpvt, t, coefficients, P, rays, usual, given, guidance)
     error_V = torch.where(known, 0.0, v_V - scheduler.velocity(z_V, noise_V, t))
     error_Mpv = v_Mpv - scheduler.velocity(z_Mpv, noise_Mpv, t)
     losses = {"video": error_V.square().mean(), "motion": error_Mpv.square().mean()}       # Eq. 3
@@ -238,7 +240,7 @@ def sample(models, I, given, P, cameras, steps=4, seed=0, loop=True, aligned=Tru
     size, frames = I.shape[-2:], models.config["frames"]
     latent = vae.channels, *vae.latent_size(frames, *size)
     z_I = vae.encode(I[:, :, :, None], "video")
-    rays, anchors, eyes, known = conditions(models, cameras, given, latent[1], size)
+    rays, anchors, eyes, known, usual = conditions(models, cameras, given, size)
     points = frames, len(anchors), 3
     generator = torch.Generator(I.device).manual_seed(seed)
 
@@ -251,9 +253,9 @@ def sample(models, I, given, P, cameras, steps=4, seed=0, loop=True, aligned=Tru
         t = t.expand(len(I))
         coefficients = scheduler.coefficients(t)
         z_Vt = torch.where(known, z_I, z_Vt)
-        v_V, v_Mpv, s = mjd(z_Vt, z_Mpvt, t, coefficients, P, rays, given, guidance)
+        v_V, v_Mpv, s = mjd(z_Vt, z_Mpvt, t, coefficients, P, rays, usual, given, guidance)
         if text_scale != 1:
-            plain = mjd(z_Vt, z_Mpvt, t, coefficients, [""] * len(P), rays, given, guidance)
+            plain = mjd(z_Vt, z_Mpvt, t, coefficients, [""] * len(P), rays, usual, given, guidance)
             v_V, v_Mpv, s = [a + text_scale * (b - a) for a, b in zip(plain, (v_V, v_Mpv, s))]
         z_V = torch.where(known, z_I, scheduler.predict(v_V, z_Vt, t)[0])
         z_Mpv, _ = scheduler.predict(v_Mpv, z_Mpvt, t)

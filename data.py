@@ -35,6 +35,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
+from torch.utils.data import Dataset, default_collate
 
 FOREGROUND_BLUE = 0.3        # blue of the nearest point; the background's is 0
 FOREGROUND_THRESHOLD = 0.15  # half way: a decoded pixel with more blue than this is foreground
@@ -85,10 +86,9 @@ def pixel_centres(size, device=None):
 
 def plucker_rays(intrinsics, extrinsics, size):
     """Rays of all pixels, (V,6,H,W): unit direction and moment (centre x direction), world."""
-    uv = pixel_centres(size, intrinsics.device)
-    uv = uv.expand(len(intrinsics), -1, -1, -1)                               # (V, H, W, 2)
+    uv = pixel_centres(size, intrinsics.device)[None]                         # (1, H, W, 2)
     points = unproject(uv, torch.ones_like(uv[..., 0]), intrinsics, extrinsics)
-    centres = camera_centres(extrinsics)[:, None, None].expand_as(points)
+    centres = camera_centres(extrinsics)[:, None, None]
     direction = F.normalize(points - centres, dim=-1)
     moment = torch.linalg.cross(centres, direction)
     return torch.cat([direction, moment], -1).movedim(-1, 1)
@@ -125,17 +125,17 @@ def colour(anchors, depth, hit, scale=None):
 
 
 def splat(uv, depth, shown, size, radius):
-    """z-buffer of discs around uv (V,N,P,2), depth (V,N,P), where shown (V,N,P): winner (V,N,H,W),
+    """z-buffer of discs around uv (V,N,P,2), depth (V,N,P), where shown (or P,): winner (V,N,H,W),
     the slot that each pixel sees, and hit (V,N,H,W). The nearest wins, at equal depth the nearest
     centre (2 mm a pixel): keys are depth in 0.1 mm, in the high bits, and the slot."""
     height, width = size
     views, frames, _ = depth.shape
-    buffer = torch.full((views, frames, height * width + 1), 2 ** 62, device=uv.device)
     slot = torch.arange(uv.shape[2], device=uv.device)
+    buffer = slot.new_full((views, frames, height * width + 1), 2 ** 62)
     shown = shown & (depth > NEAREST)
     centre_x, centre_y = uv.unbind(-1)
-    reach = range(-math.ceil(radius), math.ceil(radius) + 1)
-    for across, down in itertools.product(reach, reach):
+    reach = math.ceil(radius)
+    for across, down in itertools.product(range(-reach, reach + 1), repeat=2):
         x = centre_x.floor() + across
         y = centre_y.floor() + down
         distance = torch.hypot(x + 0.5 - centre_x, y + 0.5 - centre_y)
@@ -192,16 +192,20 @@ def one_view(video, pseudo, scale, tracks, found, camera, stride):
     return {key: value[0] for key, value in view.items()}
 
 
-def references_along_tracks(tracks, visible, intrinsics, extrinsics, references, given, stride):
-    """Beyond the paper: references (V,3,H,W) of the views given (V,), carried along their tracks
-    (V,N,K,3) into all views, (V,3,N,H,W). The anchor of the track that a pixel sees, plus the
-    pixel's offset from the track, is a place in the picture of the view of the track."""
-    views, _, count = visible.shape
+def draw_in_all_views(tracks, valid, camera, scale, references, given, stride):
+    """All views' tracks (V,N,K,3), if ever valid (V,N,K), drawn in each view: pseudo in [0,1]; and,
+    beyond the paper, references (V,3,H,W) of the views given (V,), carried along, (V,3,N,H,W): the
+    anchor of the track that a pixel sees, plus the pixel's offset from the track, is a place in the
+    picture of the view of the track."""
+    views, _, count = valid.shape
     size = references.shape[-2:]
-    everything = repeat(tracks, "u n k c -> v n (u k) c", v=views)
-    shown = repeat(visible & given[:, None, None], "u n k -> v n (u k)", v=views)
-    uv, depth = project(everything, intrinsics, extrinsics)                   # (V, N, V K, 2)
-    winner, hit = splat(uv, depth, shown, size, TOUCHING * stride)
+    radius = TOUCHING * stride
+    tracks = rearrange(tracks, "u n k c -> 1 n (u k) c")
+    shown = valid.any(1)                                                      # (V, K)
+    pseudo, _ = tracks_to_pseudo_video(tracks, shown.flatten(), *camera, size, scale, None, radius)
+    uv, depth = project(tracks, *camera)                                      # (V, N, V K, 2)
+    shown = shown & given[:, None]
+    winner, hit = splat(uv, depth, shown.flatten(), size, radius)
     anchors = track_grid(size, stride).to(uv)
     offset = anchors.repeat(views, 1) - uv
     offset = offset.take_along_dim(winner.flatten(2)[..., None], 2)
@@ -214,7 +218,7 @@ def references_along_tracks(tracks, visible, intrinsics, extrinsics, references,
     volume = rearrange(references, "u c h w -> 1 c u h w")
     seen = F.grid_sample(volume, place, padding_mode="border", align_corners=False)
     seen = rearrange(seen, "1 c (v n) h w -> v c n h w", v=views)
-    return torch.where(hit[:, None], seen, 0.0)
+    return pseudo, torch.where(hit[:, None], seen, 0.0)
 
 
 def count_votes(pseudo, scale, stride):
@@ -237,9 +241,9 @@ def count_votes(pseudo, scale, stride):
     background = (~foreground).float()
     rim = F.max_pool2d(background, 3, 1, 1)[place]
     trust = 1 - 0.98 * rim
-    total = torch.zeros(views * frames * down * across, 4, device=pseudo.device)
+    total = vote.new_zeros(views * frames * down * across, 4)
     anchor = torch.stack([red * across, green * down], -1) - 0.5              # (P, 2) in cells
-    for step in itertools.product((0, 1), (0, 1)):
+    for step in itertools.product((0, 1), repeat=2):
         cell = anchor.floor() + anchor.new_tensor(step)
         offset = anchor - cell
         distance = offset.square().sum(-1)
@@ -271,7 +275,7 @@ def pseudo_video_to_tracks(pseudo, scale, intrinsics, extrinsics, stride):
     return torch.where(valid, tracks, 0.0), valid[..., 0]
 
 
-class Scenes(torch.utils.data.Dataset):
+class Scenes(Dataset):
     """What both data sets share: settings, and a folder `cache` that keeps finished samples."""
     def __init__(self, split, size=(64, 96), frames=13, views=3, stride=4, seed=0, cache=None):
         self.split = split
@@ -295,7 +299,9 @@ class Scenes(torch.utils.data.Dataset):
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 aside = path.with_suffix(f".{os.getpid()}.tmp")
-                torch.save(sample, aside)
+                content = io.BytesIO()
+                torch.save(sample, content)
+                aside.write_bytes(content.getbuffer())        # a full disk is an OSError
                 os.replace(aside, path)
         sample["video"] = sample["video"] / 127.5 - 1
         sample["pseudo"] = sample["pseudo"] / 32767
@@ -543,9 +549,9 @@ def cast(scene, camera, size):
     (3,), world points (N,2H+1,2W+1,3), their depth and piece (N,2H+1,2W+1), -1 for the table."""
     origin = camera_centres(camera[1])[0]
     grid = [2 * side + 1 for side in size]
-    uv = pixel_centres(grid, origin.device)[None] / 2 - .25
+    uv = pixel_centres(grid, origin.device) / 2 - .25
     ahead = unproject(uv, torch.ones_like(uv[..., 0]), *camera)
-    direction = (ahead[0] - origin).movedim(-1, 0)                                  # (3, ...)
+    direction = (ahead - origin).movedim(-1, 0)                                     # (3, ...)
     descent = -direction[2]
     depth = origin[2] / descent.clamp_min(origin[2] / 3)     # beyond 3 m the table meets the ray
     depth = depth.repeat(scene["pose"].shape[1], 1, 1)
@@ -553,16 +559,17 @@ def cast(scene, camera, size):
     # Left, top, right, bottom of where each piece may be: around the corners of its box
     corners = origin.new_tensor(list(itertools.product((-1, 1), repeat=3)))
     corners = transform(corners, scene["pose"][:-1, :, None])
-    uv, _ = project(corners.flatten(1, 2)[None], *camera)                           # (1, P, N 8, 2)
-    low, high = (2 * uv[0]).aminmax(dim=1)
+    uv, _ = project(corners.flatten(1, 2), *camera)                                 # (P, N 8, 2)
+    low, high = (2 * uv).aminmax(dim=1)
     windows = torch.cat([low, high + 1], -1)
     windows = windows.ceil().clamp_min(0).long()
     starts = transform(origin, scene["inverse"])[..., None]                         # (P, N, 3, 1)
+    weights, limits = scene["shape"].split([3, 2], 1)
     for index, (left, top, right, bottom) in enumerate(windows.tolist()):
         window = np.s_[:, top:bottom, left:right]
         before = depth[window]
-        weight, limits = scene["shape"][index, None].split([3, 2], 1)
-        low, high = limits[0].tolist()
+        weight = weights[index, None]
+        low, high = limits[index]
         # |start + depth ray| = 1 is a quadratic equation; its root is NaN where the ray misses.
         start = starts[index]
         turn = scene["inverse"][index, :, :3, :3]
@@ -596,10 +603,10 @@ def paint(scene, origin, points, piece):
     side = side.sum(-1, keepdim=True).sign()                 # the camera's
     normal = F.normalize(side * slope, dim=-1)
     # What the lamp sees, by a ratio of exponentials of depth: a soft shadow.
-    uv, depth = project(points[None], *scene["lamp"])
-    place = uv[0] / 20 - 1
+    uv, depth = project(points, *scene["lamp"])
+    place = uv / 20 - 1
     light = F.grid_sample(scene["maps"], place, align_corners=True)[:, 0]
-    light *= (-100 * (depth[0] - 1.21)).exp()
+    light *= (-100 * (depth - 1.21)).exp()
     outside = place.abs().amax(-1) > 1
     light = light.clamp(max=1).masked_fill(outside, 1)
     sun = F.normalize(scene["eye"], dim=0)
@@ -619,7 +626,7 @@ def film(scene, camera, size, stride):
     middle = np.s_[:, 1::2, 1::2]
     index = piece[middle]
     start = transform(local[middle], scene["pose"][index, 0])
-    anchors, _ = project(start[None], *camera)
+    anchors, _ = project(start, *camera)
     pseudo, scale = colour(anchors, depth[middle][None], (index >= 0)[None])
     # A track starts at the centre of its cell, and moves with the piece that is seen there.
     cell = np.s_[0, stride::2 * stride, stride::2 * stride]
@@ -656,7 +663,6 @@ class SyntheticHOI(Scenes):
         name = f"world{CACHE_VERSION} {self.split} {index} {action}"
         return self.cached(name, lambda: self.render(index, action))
 
-    @torch.no_grad()
     def render(self, index, action):
         """Sample `index`, drawn and filmed."""
         split = self.SPLITS.index(self.split)
@@ -678,9 +684,7 @@ class SyntheticHOI(Scenes):
         rig = camera_rig(self.views, self.size, draw)
         cameras = zip(*[matrix.to(self.device).split(1) for matrix in rig])
         views = [film(scene, camera, self.size, self.stride) for camera in cameras]
-        sample = torch.utils.data.default_collate(views)
-        sample["prompt"] = f"<{tool}, {action}, {target}>"
-        return sample
+        return default_collate(views) | {"prompt": f"<{tool}, {action}, {target}>"}
 
 
 # ------------------------------------------------------------------------------------------ TACO
@@ -752,11 +756,9 @@ def mano_vertices(model, pose, shape, place):
     bones = affine(turn, joints - (turn @ joints[..., None])[..., 0])            # (N, 16, 4, 4)
     for joint in range(1, 16):
         parent = int(model["kintree_table"][0, joint])
-        own = bones[:, joint]
-        bones[:, joint] = bones[:, parent] @ own
-    posed = F.pad(posed, (0, 1), value=1.0)
-    vertices = torch.einsum("vj,njab,nvb->nva", model["weights"], bones, posed)  # (N, 778, 4)
-    return vertices[..., :3] - joints[0] + place[:, None]
+        bones[:, joint] = bones[:, parent] @ bones[:, joint]
+    blend = torch.einsum("vj,njab->nvab", model["weights"], bones)               # (N, 778, 4, 4)
+    return transform(posed, blend) - joints[0] + place[:, None]
 
 
 def load_obj(path):
@@ -772,7 +774,7 @@ class TACO(Scenes):
     """TACO (Sec. 4.1), samples like `SyntheticHOI`'s, read from the download at `root`; a sequence
     is a sample. mano_dir holds MANO_LEFT.pkl and MANO_RIGHT.pkl; split: train, val, unseen or all,
     or what root/split.csv says (lines `sequence,split`), where there is one.
-    What cannot be used is left out with one printed line, kept in `report`."""
+    What cannot be used is left out with one printed line a process, kept in `report`."""
     def __init__(self, root, mano_dir, split="train", **settings):
         super().__init__(split, **settings)
         self.root = Path(root)
@@ -781,7 +783,7 @@ class TACO(Scenes):
         table = self.root / "split.csv"
         raw = table.read_bytes() if table.is_file() else b""
         text = raw.decode(json.detect_encoding(raw))                             # UTF-16 too
-        listed = dict(re.findall(r"([\w-]+) *, *(\w+) *$", text, re.M))          # sequence, split
+        listed = dict(re.findall(r"([\w-]+) *, *(\w+)\s*$", text, re.M))         # sequence, split
         for folder in sorted(self.root.glob("Hand_Poses/*/*")):
             name = "/".join(folder.parts[-2:])                                   # triplet/sequence
             tenth = np.random.default_rng([*folder.name.encode()]).integers(10)  # a hash
@@ -803,15 +805,17 @@ class TACO(Scenes):
             try:
                 if name not in self.report:
                     return self.cached(f"taco4 {self.split} {name}", lambda: self.read(name))
-            except (ValueError, LookupError, TypeError, EOFError, FileNotFoundError) as error:
-                self.leave_out(name, error)            # a full disk is none of these
+            except (ValueError, LookupError, TypeError, EOFError, RuntimeError,
+                    FileNotFoundError) as error:       # a full disk is none of these
+                self.leave_out(name, error)
         raise ValueError(f"{self.report}: expected a readable sequence, got none")
 
     def leave_out(self, what, reason):
         """Tells, once, what is not used and why."""
         if what not in self.report:
-            self.report[what] = " ".join(str(reason).split())
-            print(f"TACO {what}: left out: {self.report[what]}", flush=True)
+            reason = " ".join(str(reason).split())
+            self.report[what] = reason
+            print(f"TACO {what}: left out: {reason}", flush=True)
 
     def read(self, name):
         """The sample of a sequence, from its files."""
@@ -830,8 +834,7 @@ class TACO(Scenes):
         for path, poses in zip(paths, objects):
             number = path.stem.split("_")[-1]
             corners = load_obj(self.root / f"Object_Models/{number}_cm.obj")
-            corners = repeat(corners, "f c x -> n f c x", n=self.frames)
-            meshes.append(transform(corners, poses[window]))
+            meshes.append(transform(corners[None], poses[window]))
         triangles = torch.cat(meshes, 1)                                         # (N, F, 3, 3)
         # One camera of each part of the row from the left hand's side to the right hand's.
         cameras = self.usable_cameras(name, triangles[:1].flatten(1, 2))
@@ -841,9 +844,8 @@ class TACO(Scenes):
         chosen = [cameras[chance.choice(group)] for group in groups]
         points = self.surface_points(triangles, chance)
         views = [self.view(*camera, points, window) for camera in chosen]
-        sample = torch.utils.data.default_collate(views)
-        sample["prompt"] = re.sub(r"\((.+), (.+), (.+)\)/.*", r"<\2, \1, \3>", name)
-        return sample
+        prompt = re.sub(r"\((.+), (.+), (.+)\)/.*", r"<\2, \1, \3>", name)
+        return default_collate(views) | {"prompt": prompt}
 
     def hand(self, name, side, window):
         """Triangles (N,F,3,3), metres, of a hand in the frames of a window."""
@@ -865,7 +867,8 @@ class TACO(Scenes):
         area = torch.linalg.cross(one, other).norm(dim=-1).numpy()
         count = DENSITY * math.prod(self.size)
         count = min(count, 60_000_000 // self.frames)                            # for the memory
-        faces = chance.choice(len(area), count, p=area / area.sum())
+        share = area / area.sum()
+        faces = chance.choice(len(area), count, p=share)
         weights = chance.dirichlet([1, 1, 1], count)
         weights = as_tensor(weights)[..., None]                                  # (P, 3, 1)
         moving = [(mesh[faces] * weights).sum(1) for mesh in triangles]
@@ -958,8 +961,7 @@ def open_dataset(name, split, root, mano_dir, length=None, **settings):
     for key in ("video", "pseudo", "scale", "tracks", "visible", "intrinsics", "extrinsics"):
         found = own[key] if torch.is_tensor(own.get(key)) else torch.tensor(torch.nan)
         wanted, got = [f"{key}: {x.dtype} {tuple(x.shape)}" for x in (example[key], found)]
-        low = found.min()
-        high = found.max()
+        low, high = found.aminmax()
         inside = key not in ("video", "pseudo") or -1.001 < low < -0.2 and high < 1.001
         if got != wanted or not inside or not found.isfinite().all():
             raise ValueError(f"--data: expected {wanted}, finite, videos in [-1,1] and with values "
@@ -976,8 +978,9 @@ def open_dataset(name, split, root, mano_dir, length=None, **settings):
 
 def film_strip(clip, columns):
     """Frames of a clip (3,N,H,W) in [-1,1], evenly spread, side by side (H,columns W,3) uint8."""
-    which = torch.linspace(0, clip.shape[1] - 1, columns).round().long()
-    strip = rearrange(clip.cpu()[:, which], "c n h w -> h (n w) c")
+    which = torch.linspace(0, clip.shape[1] - 1, columns)
+    chosen = clip.cpu()[:, which.round().long()]
+    strip = rearrange(chosen, "c n h w -> h (n w) c")
     return ((strip.clamp(-1, 1) + 1) * 127.5).round().byte()
 
 

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mjd import (Attention, mlp, modulate, posterior_velocity, rms_norm, run_block,
-                 timestep_embedding, zero_init)
+from mjd import (Attention, mlp, modulate, posterior_velocity, rms_norm, timestep_embedding,
+                 zero_init)
 
 VOXEL, SCENE_RADIUS = 0.02, 0.1     # metres
 KNOWN = 1 + 3 + 3 + 16 + 12         # of a track in a frame: valid, point, ray, anchor, frame
@@ -177,7 +177,6 @@ class DPA(nn.Module):
     def __init__(self, dim, depth, heads, patch):
         super().__init__()
         self.patch = patch
-        self.checkpointing = False       # to be switched on at any time
         self.register_buffer("scene_centre", torch.tensor([0.0, 0.0, 0.05]))
         self.embed_point = nn.Linear(3 + KNOWN, dim)      # the noisy point, and what is known
         self.embed_coarse = nn.Linear(KNOWN, dim)
@@ -231,8 +230,7 @@ class DPA(nn.Module):
         mask = F.pad(valid[slots], (0, len(step)), value=1)[:, None, None]    # (R, 1, 1, 2 N)
         time = self.embed_time(timestep_embedding(t[batch], x.shape[-1]))[:, None]
         for i, block in enumerate(self.blocks):
-            curve = curves[i % 2]
-            x = run_block(block, self.checkpointing, x, time, context, mask, voxels, curve)
+            x = block(x, time, context, mask, voxels, curves[i % 2])
         shift, scale = self.modulation(time).chunk(2, -1)
         answer = coarse.new_zeros(*valid.shape, 4)               # deviations: xyz, along the ray
         answer[slots] = self.head(modulate(x, shift, scale)).float()

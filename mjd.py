@@ -38,7 +38,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 
 SCALE_TOKENS, REGISTER_TOKENS = 2, 6   # t_s and t_r of Sec. 3.3
 SPECIAL = SCALE_TOKENS + REGISTER_TOKENS
@@ -128,13 +127,6 @@ class Attention(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
-def run_block(block, checkpointing, *arguments):
-    """block(*arguments); with checkpointing its activations are computed again, to save memory."""
-    if checkpointing and torch.is_grad_enabled():
-        return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
-    return block(*arguments)
-
-
 def posterior_velocity(estimate, deviation, noisy, coefficients):
     """Eq. 1's velocity E[dz_t/dt | z_t], z_0 being normal around the estimate (B,...): near noise
     the estimate counts, near t = 0 the noisy z_t. The paper's heads tell the velocity; small
@@ -172,7 +164,6 @@ class VideoVAE(nn.Module):
         super().__init__()
         self.frames, self.side, _ = strides
         self.channels = channels
-        self.checkpointing = False
         fine, coarse = widths
         patch = 3 * self.frames * self.side ** 2
         self.linear_encode = nn.Linear(patch, channels)
@@ -205,7 +196,7 @@ class VideoVAE(nn.Module):
         """layers on groups (...,n,c,h,w), each beside the one before it or zeros: causal."""
         before = F.pad(groups, (0, 0, 0, 0, 0, 0, 1, -1))
         x = torch.cat([groups, before], -3).flatten(0, -4)                    # (... n, 2c, h, w)
-        return run_block(layers, self.checkpointing, x).unflatten(0, groups.shape[:-3])
+        return layers(x).unflatten(0, groups.shape[:-3])
 
     def moments(self, video):
         """(...,3,N,H,W) in [-1,1] -> mean, log variance (...,C,n,h,w), not normalised."""
@@ -272,7 +263,8 @@ class TextEncoder(nn.Module):
         if codes.shape[1] > len(places):
             raise ValueError(f"expected a prompt of at most {len(places) - 1} words, got "
                              f"{codes.shape[1] - 1}: shorten it to '<tool, action, target>'")
-        return self.words(codes.clamp_min(0)) + places[:codes.shape[1]], codes >= 0
+        tokens = self.words(codes.clamp_min(0)) + places[:codes.shape[1]]
+        return tokens, codes >= 0
 
 
 class Block(nn.Module):
@@ -321,14 +313,13 @@ class Pair(nn.ModuleList):
 
 class MJD(nn.Module):
     """The multi-view joint diffusion transformer G_MJD (Sec. 3.3)."""
-    scale_unit = 0.1      # metres: s = scale_centre (of a typical scene) + scale_unit * output
+    scale_unit = 0.1      # metres: s = usual + scale_unit * output
     deviation = 0.4       # of the clean latents around the estimate, see posterior_velocity
 
     def __init__(self, channels, dim, heads, depth, hidden, text_tokens):
         """channels: C; depth: blocks; hidden: of MLPs; text_tokens: longest prompt's words + 1."""
         super().__init__()
         self.head_dim = dim // heads
-        self.checkpointing = False
         self.text = TextEncoder(dim, text_tokens)
         pixels = channels * PATCH ** 2
         self.embed = Pair(pixels, dim)
@@ -349,13 +340,14 @@ class MJD(nn.Module):
         # Beyond the paper: over latent pixels, to mend the seams of tokens 16 pixels wide.
         both = 2 * channels
         self.last = nn.Sequential(conv(2 * both, both), nn.SiLU(), zero_init(conv(both, both)))
-        self.register_buffer("scale_centre", torch.tensor([0.5, 0.8]))        # set by train.py
+        self.register_buffer("scale_centre", torch.tensor([0.5, 0.8]))   # see usual_scale
 
-    def forward(self, video, motion, t, coefficients, prompts, rays, given, guidance=None):
+    def forward(self, video, motion, t, coefficients, prompts, rays, usual, given, guidance=None):
         """One joint estimate: velocities of both latents (B,V,C,n,h,w) and scale (B,V,2) in metres.
         video: z_V,t, with the clean z_I in latent frame 0 of the views that are given, (B,V) bool;
         motion: z_Mpv,t; t (B,), coefficients: glossary; prompts: B str; rays (B,V,6,H,W), Pluecker;
-        guidance (B,V,2,C,n,h,w) or None: [:, :, 1] is z~ of Alg. 1 line 3, for motion tokens."""
+        usual (B,V,2): the scale to expect, metres; guidance (B,V,2,C,n,h,w) or None: [:, :, 1] is
+        z~ of Alg. 1 line 3, for motion tokens."""
         frames, height, width = video.shape[3:]
         noisy = torch.stack([video, motion], 2)                               # (B,V,2,C,n,h,w)
         reference = video[:, :, :, :1] * given[..., None, None, None, None]   # (B,V,C,1,h,w)
@@ -384,7 +376,7 @@ class MJD(nn.Module):
         turn = rotary(frames, height // PATCH, width // PATCH, self.head_dim).to(x)
         text, mask = self.text(prompts)
         for block in self.blocks:
-            x = run_block(block, self.checkpointing, x, places, rows, choice, text, mask, turn)
+            x = block(x, places, rows, choice, text, mask, turn)
         shift, scale = (choice @ self.head_modulation(features)).chunk(2, -1)
         x = modulate(x, shift, scale)
         s = self.head_scale(x[:, :, :SCALE_TOKENS])[..., 0].float()           # (B, V, 2)
@@ -397,7 +389,7 @@ class MJD(nn.Module):
         seams = self.last(pictures)
         seams = rearrange(seams, "(b v n) (k c) h w -> b v k c n h w", b=len(video), k=2, n=frames)
         velocity = posterior_velocity(clean + seams, self.deviation, noisy, coefficients)
-        return *velocity.unbind(2), self.scale_centre + self.scale_unit * s
+        return *velocity.unbind(2), usual + self.scale_unit * s
 
 
 def patchify(latents):

@@ -27,8 +27,8 @@ from einops import rearrange, repeat
 
 from cycle import (SHIPPED, load_models, moving_psnr, pick_device, read_tracks, run_program,
                    sample, use_bf16, user_path)
-from data import (FOREGROUND_THRESHOLD, TRIPLETS, camera_centres, film_strip, open_dataset,
-                  project, references_along_tracks, track_grid)
+from data import (FOREGROUND_THRESHOLD, TRIPLETS, camera_centres, draw_in_all_views, film_strip,
+                  open_dataset, project, track_grid)
 from mjd import Attention
 
 FPS = 8
@@ -100,6 +100,7 @@ def read_rig(path, models):
         views = rig["views"]
         intrinsics = torch.tensor([view["intrinsics"] for view in views]).float()
         extrinsics = torch.tensor([view["extrinsics"] for view in views]).float()
+        torch.linalg.inv(intrinsics)                                # or it says why not
         full = torch.tensor(rig["size"]).flip(0)
         scale = (size / full).amax()
         intrinsics[:, :2] *= scale
@@ -148,9 +149,8 @@ def answer(models, settings):
     options = {"loop": not settings.no_cycle, "aligned": not settings.no_dpa}
     result = scene | generate(models, scene, count == 1, **options | settings.options)
     tracks, valid = result["tracks"], result["valid"]
-    ever = valid.any(1, keepdim=True).expand_as(valid)
-    known = references, result["given"], models.config["stride"]
-    carried = references_along_tracks(tracks, ever, *cameras, *known)
+    known = result["scale"], references, result["given"], models.config["stride"]
+    _, carried = draw_in_all_views(tracks, valid, cameras, *known)
     kinds = torch.stack([result["video"], result["motion"], carried])
     result["sheet"] = rearrange(kinds, "k v c n h w -> c n (v h) (k w)")
     result["anchors"] = track_grid(size, models.config["stride"])
@@ -313,6 +313,10 @@ def evaluate(models, settings):
     split, source = settings.split, models.config["data"]
     if settings.data != source:
         raise ValueError(f"--data: expected {source}, as in training, got {settings.data}")
+    kept = {}
+    if settings.json:                                             # before the work, not after it
+        settings.json.parent.mkdir(parents=True, exist_ok=True)
+        kept = json.loads(settings.json.read_bytes()) if settings.json.exists() else {}
     shape = {key: models.config[key] for key in ("size", "frames", "views", "stride")}
     shape |= dict(seed=0, cache=None)
     dataset = open_dataset(source, split, settings.data_root, settings.mano_dir, **shape)
@@ -340,7 +344,6 @@ def evaluate(models, settings):
         report["loop_gain"][name] = summary(found[name], found[name.replace(FULL, OPEN)])
     print(json.dumps(report, indent=1))
     if settings.json:
-        kept = json.loads(settings.json.read_bytes()) if settings.json.exists() else {}
         settings.json.write_text(json.dumps(kept | {split: report}, indent=1))
 
 

@@ -17,16 +17,18 @@ import shutil
 import signal
 import threading
 import time
+from functools import partial
 
 import imageio.v3 as iio
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from cycle import (SHIPPED, Models, fold, joint_losses, load_models, moving_psnr, pick_device,
-                   run_program, sample, single_views, use_bf16, user_path)
+                   run_program, sample, single_views, use_bf16, user_path, usual_scale)
 from data import FOREGROUND_THRESHOLD, camera_rig, film_strip, open_dataset
 from mjd import Attention
 
@@ -47,7 +49,7 @@ TINY = dict(size=(32, 48), frames=5, views=2, stride=4, batch=2, scenes=16, comp
             dpa=dict(dim=32, depth=2, heads=2, patch=32))
 SMALL = dict(size=(64, 96), frames=13, views=3, stride=4, batch=4, scenes=800, compile=True,
              checkpointing=False, rates=dict(vae=1e-3, mjd=8e-4, dpa=2e-3), minutes=56,
-             lengths=dict(vae=9, base=22, dpa=7, joint=18), path="flow",
+             lengths=dict(vae=7, base=20, dpa=9, joint=20), path="flow",
              vae=dict(strides=(4, 8, 8), channels=96, widths=(96, 144), depth=2),
              mjd=dict(dim=320, heads=5, depth=6, hidden=832, text_tokens=16),
              dpa=dict(dim=96, depth=3, heads=2, patch=128))
@@ -187,12 +189,13 @@ def load(settings):
 def measure(models, dataset, settings):
     """What networks that are new to some data reckon from, and the cameras to sample with."""
     config, views = models.config, settings.views
-    batch = next(batches(dataset, 16))                               # the same in all processes
+    batch = next(batches(dataset, 16, 0, models.device))             # the same in all processes
     if settings.stages[0] == "vae" and not config["trained"]:
         models.vae.init_from(torch.cat([fold(batch[key][:4]) for key in ("video", "pseudo")]))
     if config.get("data") != settings.data:
-        models.mjd.scale_centre.copy_(batch["scale"].nanmean((0, 1)))
         models.dpa.scene_centre.copy_(batch["tracks"][batch["visible"]].nanmean(0))
+        apart = batch["scale"] - usual_scale(models, batch["extrinsics"])
+        models.mjd.scale_centre += apart.nanmean((0, 1))
     cameras = batch["intrinsics"][0], batch["extrinsics"][0]
     if settings.data == "synthetic":
         cameras = camera_rig(views, settings.size)
@@ -298,7 +301,10 @@ def validate(settings, models, stage, step):
     each beside what a still first frame gives."""
     if len(settings.held_out) == 0:
         return
-    batch = next(batches(settings.held_out, 4, 0, models.device))
+    try:
+        batch = next(batches(settings.held_out, 4, 0, models.device))
+    except ValueError as error:                                  # training can go on without
+        return print(f"no validation: {error}")
     truth, tracks = batch["video"], batch["tracks"]
     scores = {"still_dB": moving_psnr(truth[:, :, :, :1].expand_as(truth), truth)}
     with torch.autocast(models.device.type, torch.bfloat16, settings.bf16):
@@ -326,6 +332,8 @@ def train(arguments=None):
     settings = parse(arguments)
     device = pick_device(settings.device)
     if WORLD > 1:                                                # started by torchrun
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))         # torch < 2.8 would not
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         mesh = dist.device_mesh.init_device_mesh(device.type, (WORLD,))
     settings.bf16 = dict(auto=use_bf16(device), bf16=True, fp32=False)[settings.precision]
@@ -352,8 +360,6 @@ def train(arguments=None):
     if RANK == 0:
         print(f"from {source} into {settings.out}, on {device.type}", flush=True)
     Attention.fused = settings.fused
-    for network in models.children():
-        network.checkpointing = settings.checkpointing
     for net in (models, averaged) if WORLD > 1 else ():
         # FSDP2: each process keeps its part of the weights, block by block.
         for part in (*net.mjd.blocks, *net.dpa.blocks, net.vae, net.mjd, net.dpa):
@@ -361,7 +367,10 @@ def train(arguments=None):
         for method in ("moments", "reconstruct"):
             register_fsdp_forward_method(net.vae, method)
     for block in models.mjd.blocks if settings.compile else ():  # all share one compiled program
-        block.compile()
+        block.forward = torch.compile(block.forward)
+    parts = *models.mjd.blocks, *models.dpa.blocks, models.vae.encoder, models.vae.decoder
+    for part in parts if settings.checkpointing else ():         # less memory, computed twice
+        part.forward = partial(checkpoint, part.forward, use_reentrant=False)
     # The stages; Ctrl-C, which only a main thread may catch, lets the step finish and saves
     settings.stop = threading.Event()
     in_main = threading.current_thread() is threading.main_thread()
