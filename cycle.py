@@ -32,7 +32,7 @@ from dpa import DPA, chamfer_distance
 from mjd import MJD, VideoVAE
 
 SHIPPED = Path(__file__).parent / "weights"
-TYPICAL_DEPTH = 0.707        # metres from a camera to the scene's middle, in the synthetic world
+TYPICAL_DEPTH = 0.707        # metres to the scene's middle, where the scale is scale_centre
 fold = nn.Flatten(0, 1)      # (B,V,...) -> (B V,...): data.py's functions take any number of views
 
 

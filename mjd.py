@@ -340,7 +340,7 @@ class MJD(nn.Module):
         # Beyond the paper: over latent pixels, to mend the seams of tokens 16 pixels wide.
         both = 2 * channels
         self.last = nn.Sequential(conv(2 * both, both), nn.SiLU(), zero_init(conv(both, both)))
-        self.register_buffer("scale_centre", torch.tensor([0.5, 0.8]))   # see cycle.py
+        self.register_buffer("scale_centre", torch.tensor([0.5, 0.8]))   # metres, typical
 
     def forward(self, video, motion, t, coefficients, prompts, rays, usual, given, guidance=None):
         """One joint estimate: velocities of both latents (B,V,C,n,h,w) and scale (B,V,2) in metres.
