@@ -197,21 +197,21 @@ def draw_in_all_views(tracks, valid, camera, scale, references, given, stride):
     beyond the paper, references (V,3,H,W) of the views given (V,), carried along, (V,3,N,H,W): the
     anchor of the track that a pixel sees, plus the pixel's offset from the track, is a place in the
     picture of the view of the track."""
-    views, _, count = valid.shape
+    views = len(valid)
     size = references.shape[-2:]
     radius = TOUCHING * stride
-    tracks = rearrange(tracks, "u n k c -> 1 n (u k) c")
     shown = valid.any(1)                                                      # (V, K)
-    pseudo, _ = tracks_to_pseudo_video(tracks, shown.flatten(), *camera, size, scale, None, radius)
-    uv, depth = project(tracks, *camera)                                      # (V, N, V K, 2)
-    shown = shown & given[:, None]
-    winner, hit = splat(uv, depth, shown.flatten(), size, radius)
-    anchors = track_grid(size, stride).to(uv)
-    offset = anchors.repeat(views, 1) - uv
+    shown[0, 0] |= ~shown.any()                            # the drawing needs one
+    view, cell = shown.nonzero(as_tuple=True)                                 # (P,)
+    tracks = tracks[view, :, cell].transpose(0, 1)[None]                      # (1, N, P, 3)
+    pseudo, _ = tracks_to_pseudo_video(tracks, None, *camera, size, scale, None, radius)
+    uv, depth = project(tracks, *camera)                                      # (V, N, P, 2)
+    winner, hit = splat(uv, depth, given[view], size, radius)
+    offset = track_grid(size, stride).to(uv)[cell] - uv
     offset = offset.take_along_dim(winner.flatten(2)[..., None], 2)
     place = pixel_centres(size, uv.device) + offset.unflatten(2, size)
     # The references are a volume, one view behind the other; each is looked up in its own plane.
-    plane = (winner // count + 0.5) / views
+    plane = (view[winner] + 0.5) / views
     place = place / place.new_tensor(size[::-1])
     place = torch.cat([place, plane[..., None]], -1)
     place = rearrange(2 * place - 1, "v n h w c -> 1 (v n) h w c")

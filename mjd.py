@@ -37,7 +37,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 
 SCALE_TOKENS, REGISTER_TOKENS = 2, 6   # t_s and t_r of Sec. 3.3
 SPECIAL = SCALE_TOKENS + REGISTER_TOKENS
@@ -189,6 +188,8 @@ class VideoVAE(nn.Module):
 
     def group(self, video):
         """(...,3,N,H,W) -> groups of frames (...,n,r_n*3,H,W); frame 0 fills the first alone."""
+        if torch.is_autocast_enabled(video.device.type):      # now, before it is copied about
+            video = video.to(torch.get_autocast_dtype(video.device.type))
         video = torch.cat([video[..., :1, :, :]] * (self.frames - 1) + [video], -3)
         return rearrange(video, "... c (n r) h w -> ... n (r c) h w", r=self.frames)
 
@@ -202,13 +203,13 @@ class VideoVAE(nn.Module):
         """(...,3,N,H,W) in [-1,1] -> mean, log variance (...,C,n,h,w), not normalised."""
         groups = self.group(video)
         mean, log_variance = self.convolve(self.encoder, groups).transpose(-4, -3).chunk(2, -4)
-        patches = F.pixel_unshuffle(groups, self.side).movedim(-3, -1)
+        patches = F.pixel_unshuffle(groups, self.side).movedim(-3, -1).contiguous()
         mean = mean + self.linear_encode(patches).movedim(-1, -4)
         return mean, (log_variance - 8).clamp(-12, 4)
 
     def reconstruct(self, latents):
         """The decoder: latents (...,C,n,h,w), not normalised -> video (...,3,N,H,W)."""
-        patches = self.linear_decode(latents.movedim(-4, -1)).movedim(-1, -3)
+        patches = self.linear_decode(latents.movedim(-4, -1).contiguous()).movedim(-1, -3)
         groups = self.convolve(self.decoder, latents.transpose(-4, -3))
         groups = groups + F.pixel_shuffle(patches, self.side)
         video = rearrange(groups, "... n (r c) h w -> ... c (n r) h w", r=self.frames)
@@ -255,16 +256,16 @@ class TextEncoder(nn.Module):
 
     def forward(self, prompts):
         """B prompts -> tokens (B,L,D), mask (B,L). Classifier-free guidance: the empty prompt."""
-        places, rows = self.places.weight, []
-        for prompt in prompts:
+        places = self.places.weight                                           # (L, D)
+        codes = torch.full((len(prompts), len(places)), -1)
+        for row, prompt in zip(codes, prompts):
             words = re.findall(r"\w+", prompt.lower()) + ["<end>"]
-            rows.append(torch.tensor([zlib.crc32(word.encode()) % 2048 for word in words]))
-        codes = pad_sequence(rows, batch_first=True, padding_value=-1).to(places.device)
-        if codes.shape[1] > len(places):
-            raise ValueError(f"expected a prompt of at most {len(places) - 1} words, got "
-                             f"{codes.shape[1] - 1}: shorten it to '<tool, action, target>'")
-        tokens = self.words(codes.clamp_min(0)) + places[:codes.shape[1]]
-        return tokens, codes >= 0
+            if len(words) > len(places):
+                raise ValueError(f"expected a prompt of at most {len(places) - 1} words, got "
+                                 f"{len(words) - 1}: shorten it to '<tool, action, target>'")
+            row[:len(words)] = torch.tensor([zlib.crc32(word.encode()) % 2048 for word in words])
+        codes = codes.to(places.device)
+        return self.words(codes.clamp_min(0)) + places, codes >= 0
 
 
 class Block(nn.Module):
