@@ -94,9 +94,8 @@ class SparseConv3d(nn.Module):
     def forward(self, features, neighbours):
         """features (M, C), neighbours (M, 27) of `voxel_neighbours` -> (M, C_out)."""
         rows = F.pad(features, (0, 0, 0, 1))                                  # row M is 0
-        found = rows.index_select(0, neighbours.flatten())
-        found = found.view(len(features), -1)                                 # (M, 27 C)
-        return found @ self.weight.flatten(0, 1) + self.bias
+        found = F.embedding(neighbours, rows, padding_idx=len(features))      # (M, 27, C)
+        return found.flatten(1) @ self.weight.flatten(0, 1) + self.bias
 
 
 # ---------------------------------------------------------------- network

@@ -261,7 +261,7 @@ def train_stage(stage, settings, models, averaged, dataset, saved):
         with torch.autocast(device.type, torch.bfloat16, settings.bf16):
             parts = stage_losses(stage, models, batch)
         sum(parts.values()).backward()
-        norm = torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0, foreach=True)
         parts["gradient"] = norm.full_tensor() if WORLD > 1 else norm
         record = {key: value.item() for key, value in parts.items()}
         if not math.isfinite(record["gradient"]):             # the step would spoil the weights
