@@ -38,8 +38,8 @@ fold = nn.Flatten(0, 1)      # (B,V,...) -> (B V,...): data.py's functions take 
 
 class DDIMScheduler:
     """DDIM and rectified flow as one (Sec. 3.1): a path z_t = alpha z_0 + sigma z_1. t is (B,) in
-    [0,1], z and d z_t / d t are (B,...). path: "flow" (alpha = 1-t, sigma = t) or "cosine" (classic
-    DDIM). shift > 1 moves times towards noise, as in Wan2.2; 1 is the paper's t ~ U(0,1)."""
+    [0,1], z and d z_t / d t are (B,...). path: "flow" (alpha = 1-t, sigma = t), "cosine" (variance
+    preserving). shift > 1 moves times towards noise, as in Wan2.2; 1 is the paper's t ~ U(0,1)."""
 
     def __init__(self, path="flow", shift=5.0):
         if path not in ("flow", "cosine"):
@@ -295,9 +295,11 @@ def pick_device(name):
 
 
 def use_bf16(device):
-    """Whether the machine has units for bf16: every GPU here, a CPU with AMX or AVX512-bf16."""
+    """Whether the machine has units for bf16: GPUs since Ampere, CPUs with AMX or AVX512-bf16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     cpuinfo = Path("/proc/cpuinfo")
-    return device.type == "cuda" or cpuinfo.exists() and "_bf16" in cpuinfo.read_text()
+    return cpuinfo.exists() and "_bf16" in cpuinfo.read_text()
 
 
 def run_program(name, work):
@@ -306,7 +308,7 @@ def run_program(name, work):
         work()
         return 0
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):       # memory
             raise
         message = " ".join(str(error).split())
     print(f"{name}: {message[-500:]}", file=sys.stderr)       # a worker's begins with its traceback
@@ -341,8 +343,8 @@ def lesson():
         axis.set(title=f"loop={loop}", xticks=[], anchor="N")
     Path("out").mkdir(exist_ok=True)
     figure.savefig("out/cycle.png", dpi=80)
-    print("wrote out/cycle.png. Try sample(..., carry=False) in lesson: of the paper's guidance\n"
-          "alone, that of the motion tokens, the shipped weights make 16.78 dB and 1.32 cm here.")
+    print("wrote out/cycle.png. Try sample(..., carry=False) in lesson: with the paper's guidance\n"
+          "alone, that of the motion tokens, the shipped weights reach 16.78 dB and 1.32 cm here.")
 
 
 if __name__ == "__main__":

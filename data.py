@@ -136,6 +136,9 @@ def splat(uv, depth, shown, size, radius):
     centre_x, centre_y = uv.unbind(-1)
     reach = math.ceil(radius)
     for across, down in itertools.product(range(-reach, reach + 1), repeat=2):
+        least = max(0, abs(across) - 0.5), max(0, abs(down) - 0.5)
+        if math.hypot(*least) > radius:                    # the pixel is too far away
+            continue
         x = centre_x.floor() + across
         y = centre_y.floor() + down
         distance = torch.hypot(x + 0.5 - centre_x, y + 0.5 - centre_y)
@@ -177,9 +180,9 @@ def tracks_on_grid(points, camera, size, stride):
 
 
 def one_view(video, pseudo, scale, tracks, found, camera, stride):
-    """What a view adds to a sample. Of tracks (1,N,K,3), found in frame 0 or not (K,), that is
-    visible which can be read from the pseudo video (1,3,N,H,W) in [0,1] to the width of a cell.
-    What is not in frame 0 never is, and is 0."""
+    """What a view adds to a sample. A track of (1,N,K,3) is visible in frames where the pseudo
+    video (1,3,N,H,W) in [0,1] gives it back to within a cell's width. Tracks not found (K,), or not
+    visible in frame 0, never are, and are 0."""
     read, valid = pseudo_video_to_tracks(pseudo, scale, *camera, stride)
     intrinsics, extrinsics = camera
     _, depth = project(tracks, intrinsics, extrinsics)
@@ -194,9 +197,9 @@ def one_view(video, pseudo, scale, tracks, found, camera, stride):
 
 def draw_in_all_views(tracks, valid, camera, scale, references, given, stride):
     """All views' tracks (V,N,K,3), if ever valid (V,N,K), drawn in each view: pseudo in [0,1]; and,
-    beyond the paper, references (V,3,H,W) of the views given (V,), carried along, (V,3,N,H,W): the
-    anchor of the track that a pixel sees, plus the pixel's offset from the track, is a place in the
-    picture of the view of the track."""
+    beyond the paper, references (V,3,H,W) of the views given (V,), carried along, (V,3,N,H,W): a
+    pixel's colour is looked up in the reference of its track's own view, at that track's anchor
+    plus the pixel's offset from the track."""
     views = len(valid)
     size = references.shape[-2:]
     radius = TOUCHING * stride
@@ -222,7 +225,7 @@ def draw_in_all_views(tracks, valid, camera, scale, references, given, stride):
 
 
 def count_votes(pseudo, scale, stride):
-    """Sums (V,N,K,4) of the votes for every cell: of their pixel, depth and 1. A foreground pixel
+    """Sums (V,N,K,4) of the votes for every cell: u, v, depth and weight. A foreground pixel
     votes for the four cells nearest to the anchor that its colour names."""
     views, _, frames, height, width = pseudo.shape
     across = width // stride
@@ -237,7 +240,7 @@ def count_votes(pseudo, scale, stride):
     depth = near + (far - near) * normalised.clamp(0, 1)
     one = torch.ones_like(depth)
     vote = torch.stack([column + 0.5, row + 0.5, depth, one], -1)             # (P, 4)
-    # The rim is blended with the background, which spoils the depth: it counts for want of better.
+    # The rim is blended with the background, which spoils the depth: its votes weigh 2 %.
     background = (~foreground).float()
     rim = F.max_pool2d(background, 3, 1, 1)[place]
     trust = 1 - 0.98 * rim

@@ -93,8 +93,9 @@ class SparseConv3d(nn.Module):
 
     def forward(self, features, neighbours):
         """features (M, C), neighbours (M, 27) of `voxel_neighbours` -> (M, C_out)."""
-        rows = F.pad(features, (0, 0, 0, 1))                                  # row M is 0
-        found = F.embedding(neighbours, rows, padding_idx=len(features))      # (M, 27, C)
+        absent = len(features)                                                # M
+        rows = F.pad(features, (0, 0, 0, 1))                                  # its row is 0
+        found = F.embedding(neighbours, rows, padding_idx=absent)             # (M, 27, C)
         return found.flatten(1) @ self.weight.flatten(0, 1) + self.bias
 
 

@@ -115,7 +115,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x, context=None, turn=None, mask=None):
-        """From x (batch, T, D) to context (batch, S, D), x itself by default; turn: `rotary`'s."""
+        """x (batch, T, D) attends to context (batch, S, D), by default itself; turn: `rotary`'s."""
         q = rms_norm(self.query(x))                                           # (batch, T, D)
         k, v = self.key_value(x if context is None else context).chunk(2, -1)
         parts = [q, rms_norm(k), v]
@@ -128,7 +128,7 @@ class Attention(nn.Module):
 
 def posterior_velocity(estimate, deviation, noisy, coefficients):
     """Eq. 1's velocity E[dz_t/dt | z_t], z_0 being normal around the estimate (B,...): near noise
-    the estimate counts, near t = 0 the noisy z_t. The paper's heads tell the velocity; small
+    the estimate counts, near t = 0 the noisy z_t. The paper's heads predict the velocity; small
     networks learn z_0 sooner."""
     shape = [-1] + [1] * (noisy.ndim - 1)
     alpha, sigma, alpha_dot, sigma_dot = [value.view(shape) for value in coefficients]
@@ -188,8 +188,9 @@ class VideoVAE(nn.Module):
 
     def group(self, video):
         """(...,3,N,H,W) -> groups of frames (...,n,r_n*3,H,W); frame 0 fills the first alone."""
-        if torch.is_autocast_enabled(video.device.type):      # now, before it is copied about
-            video = video.to(torch.get_autocast_dtype(video.device.type))
+        device = video.device.type
+        if torch.is_autocast_enabled(device):              # now, before it is copied about
+            video = video.to(torch.get_autocast_dtype(device))
         video = torch.cat([video[..., :1, :, :]] * (self.frames - 1) + [video], -3)
         return rearrange(video, "... c (n r) h w -> ... n (r c) h w", r=self.frames)
 
@@ -209,7 +210,8 @@ class VideoVAE(nn.Module):
 
     def reconstruct(self, latents):
         """The decoder: latents (...,C,n,h,w), not normalised -> video (...,3,N,H,W)."""
-        patches = self.linear_decode(latents.movedim(-4, -1).contiguous()).movedim(-1, -3)
+        pixels = latents.movedim(-4, -1).contiguous()      # else a product here is slow on a CPU
+        patches = self.linear_decode(pixels).movedim(-1, -3)
         groups = self.convolve(self.decoder, latents.transpose(-4, -3))
         groups = groups + F.pixel_shuffle(patches, self.side)
         video = rearrange(groups, "... n (r c) h w -> ... c (n r) h w", r=self.frames)
@@ -248,7 +250,7 @@ class VideoVAE(nn.Module):
 # ---------------------------------------------------------------------------------- transformer
 
 class TextEncoder(nn.Module):
-    """A row for a word's hash, one for its place: trained, in place of the paper's frozen umT5."""
+    """Embeddings of a word's hash and position, trained, in place of the paper's frozen umT5."""
     def __init__(self, dim, tokens):
         super().__init__()
         self.words = nn.Embedding(2048, dim)
@@ -263,7 +265,8 @@ class TextEncoder(nn.Module):
             if len(words) > len(places):
                 raise ValueError(f"expected a prompt of at most {len(places) - 1} words, got "
                                  f"{len(words) - 1}: shorten it to '<tool, action, target>'")
-            row[:len(words)] = torch.tensor([zlib.crc32(word.encode()) % 2048 for word in words])
+            hashes = [zlib.crc32(word.encode()) for word in words]
+            row[:len(words)] = torch.tensor(hashes) % 2048
         codes = codes.to(places.device)
         return self.words(codes.clamp_min(0)) + places, codes >= 0
 
@@ -360,7 +363,8 @@ class MJD(nn.Module):
         shared = rays + self.embed_reference(patchify(reference))
         shared = shared.repeat(1, 1, frames, 1).unsqueeze(2)                  # (B, V, 1, n p, D)
         # Parameters join in the tokens' dtype: else the residual stream would be float32.
-        x = self.embed(patchify(noisy)) + self.modality.to(rays)[:, None] + shared
+        modality = self.modality.to(rays)[:, None]
+        x = self.embed(patchify(noisy)) + modality + shared
         if guidance is not None:
             x = x + self.embed_guidance(patchify(guidance))                   # (B, V, 2, n p, D)
         special = self.special.to(rays) + rays.mean(2, keepdim=True)          # (B, V, 8, D)

@@ -52,7 +52,7 @@ def parse(arguments=None):
     add("--seed", type=int, default=0, help="of the noise")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     add("--text-scale", type=float, default=1.0, help="guidance on the text, 1 = off")
-    add("--eta", type=float, default=0.0, help="share of fresh noise a step: 0 flow, 1 DDPM")
+    add("--eta", type=float, default=0.0, help="share of fresh noise: 0 = none, 1 = DDPM")
     add("--temperature", type=float, default=0.1, help="of the noise: 0 = none, 1 = as trained")
     add("--no-cycle", action="store_true", help="no loop: aligned tracks do not guide the video")
     add("--no-dpa", action="store_true", help="no aligner, hence no loop: the coarse tracks")
@@ -65,7 +65,7 @@ def parse(arguments=None):
     settings = parser.parse_args(arguments)
     for name, (least, most) in LIMITS.items():
         if not least <= getattr(settings, name) <= most:                   # so NaN is refused too
-            parser.error(f"{name}: expected {least} to {most:g}")
+            parser.error(f"--{name.replace('_', '-')}: expected {least} to {most:g}")
     if not settings.prompt.strip():
         parser.error("--prompt: expected words, as in '<spoon, stir, bowl>'")
     settings.options = {name: getattr(settings, name) for name in LIMITS}
@@ -118,7 +118,7 @@ def read_rig(path, models):
 
 
 def generate(models, scene, one=False, alone=False, **options):
-    """The closed loop (Sec. 3.5) from frame 0 of all views or one, the middle; alone: one by one.
+    """The closed loop (Sec. 3.5) from frame 0 of all views (one: the middle; alone: separately).
     Video, motion (V,3,N,H,W), tracks (V,N,K,3) m, valid (V,N,K), scale (V,2) m, given (V,)."""
     I = scene["video"][:, :, 0]
     given = (torch.arange(len(I)) == len(I) // 2) | (not one)
@@ -234,7 +234,7 @@ def scores(result, scene):
     """Metrics of a scene's video (V,3,N,H,W) and tracks (V,N,K,3): of visible points after frame 0
     whose track was found. RPE: mean |p - p*| / |p*| in %, p* in the camera, not aligned; PI: share
     under 0.25; across views |(p - q) - (p* - q*)| / |p*| in camera b, of a track p of view a and
-    b's own track q of what is truly nearest in frame 0, within 1 cm."""
+    b's track q that is truly nearest to it in frame 0, within 1 cm."""
     video, truth, points = result["video"], scene["video"], scene["tracks"]
     moving = (truth - truth[:, :, :1]).abs().amax(1) > 0.1
     moving &= scene["pseudo"][:, 2] > 2 * FOREGROUND_THRESHOLD - 1

@@ -13,7 +13,6 @@ import argparse
 import copy
 import math
 import os
-import shutil
 import signal
 import threading
 import time
@@ -34,7 +33,7 @@ from mjd import Attention
 
 STAGES = {"vae": ["vae"], "base": ["mjd"], "dpa": ["dpa"], "joint": ["mjd", "dpa"]}   # trains what
 LOG_EVERY, SAVE_EVERY = 20, 200      # steps
-LOOP_SHARE, SINGLE_VIEW_SHARE, TEXT_DROPOUT = 0.65, 0.2, 0.1   # of joint's steps, all, prompts
+LOOP_SHARE, SINGLE_VIEW_SHARE, TEXT_DROPOUT = 0.65, 0.2, 0.1   # joint; all but vae; prompts
 RANK = int(os.environ.get("RANK", 0))                # this process, of WORLD that torchrun starts
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -82,11 +81,12 @@ def parse(arguments=None):
     add("--out", type=user_path, help="run folder, default runs/PRESET")
     add("--resume", action="store_true", help="go on from checkpoint.pt of the run folder")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to train")
-    add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of products")
+    add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="autocast dtype")
     add("--seed", type=int, default=0, help="of weights, data and noise")
     add("--scenes", type=int, help="distinct scenes of the synthetic world")
     add("--cache", type=user_path, help="folder that keeps scenes, default OUT/scenes")
-    add("--workers", type=int, default=1, help="processes that prepare data")
+    cores = os.cpu_count() // WORLD
+    add("--workers", type=int, default=max(1, min(4, cores // 2)), help="data-loading processes")
     add("--fused", action=switch, default=torch.cuda.is_available(), help="torch's attention")
     add("--compile", action=switch, help="torch.compile the MJD's blocks; default: not for tiny")
     preset = parser.parse_known_args(arguments)[0].preset
@@ -144,7 +144,7 @@ def vae_losses(vae, batch):
 
 
 def stage_losses(stage, models, batch):
-    """The loss parts of one step of a stage, with what is hidden from the networks in it."""
+    """The loss parts of one step of a stage, after hiding views, references, prompts at random."""
     if stage == "vae":
         return vae_losses(models.vae, batch)
     alone, loop = of_first(torch.rand(2))
@@ -187,7 +187,7 @@ def load(settings):
 
 
 def measure(models, dataset, settings):
-    """What networks that are new to some data reckon from, and the cameras to sample with."""
+    """Sets statistics of data that is new to the networks, and the cameras to sample with."""
     config, views = models.config, settings.views
     batch = next(batches(dataset, 16, 0, models.device))             # the same in all processes
     if settings.stages[0] == "vae" and not config["trained"]:
@@ -337,9 +337,12 @@ def train(arguments=None):
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         mesh = dist.device_mesh.init_device_mesh(device.type, (WORLD,))
     settings.bf16 = dict(auto=use_bf16(device), bf16=True, fp32=False)[settings.precision]
-    if settings.compile and not shutil.which("g++"):
-        print("--compile: expected a C++ compiler, found none; on without it")
-        settings.compile = False
+    if settings.compile:
+        try:                                             # it needs a C++ compiler, Python's headers
+            torch.compile(lambda x: x + 1)(torch.ones(9, device=device))
+        except Exception as error:
+            print(f"--compile: going on without, as torch failed: {error!r:.150}")
+            settings.compile = False
     settings.out.mkdir(parents=True, exist_ok=True)
     # Networks, data, and what the ones take from the other
     torch.manual_seed(settings.seed)
