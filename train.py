@@ -37,6 +37,7 @@ LOOP_SHARE, SINGLE_VIEW_SHARE, TEXT_DROPOUT = 0.65, 0.2, 0.1   # joint; all but 
 RANK = int(os.environ.get("RANK", 0))                # this process, of WORLD that torchrun starts
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")     # or it grows by GB on a CPU
 
 # Sizes, distinct scenes, peak rates, and lengths of stages: their shares of `minutes`
 # (the hour of two CPU cores), or steps
@@ -48,7 +49,7 @@ TINY = dict(size=(32, 48), frames=5, views=2, stride=4, batch=2, scenes=16, comp
             dpa=dict(dim=32, depth=2, heads=2, patch=32))
 SMALL = dict(size=(64, 96), frames=13, views=3, stride=4, batch=4, scenes=800, compile=True,
              checkpointing=False, rates=dict(vae=1e-3, mjd=8e-4, dpa=2e-3), minutes=56,
-             lengths=dict(vae=6, base=18, dpa=10, joint=22), path="flow",
+             lengths=dict(vae=7, base=20, dpa=9, joint=20), path="flow",
              vae=dict(strides=(4, 8, 8), channels=96, widths=(96, 144), depth=2),
              mjd=dict(dim=320, heads=5, depth=6, hidden=832, text_tokens=16),
              dpa=dict(dim=96, depth=3, heads=2, patch=128))
