@@ -338,12 +338,6 @@ def train(arguments=None):
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         mesh = dist.device_mesh.init_device_mesh(device.type, (WORLD,))
     settings.bf16 = dict(auto=use_bf16(device), bf16=True, fp32=False)[settings.precision]
-    if settings.compile:
-        try:                                             # it needs a C++ compiler, Python's headers
-            torch.compile(lambda x: x + 1)(torch.ones(9, device=device))
-        except Exception as error:
-            print(f"--compile: going on without, as torch failed: {error!r:.150}")
-            settings.compile = False
     settings.out.mkdir(parents=True, exist_ok=True)
     # Networks, data, and what the ones take from the other
     torch.manual_seed(settings.seed)
@@ -370,8 +364,13 @@ def train(arguments=None):
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
         for method in ("moments", "reconstruct"):
             register_fsdp_forward_method(net.vae, method)
-    for block in models.mjd.blocks if settings.compile else ():  # all share one compiled program
-        block.forward = torch.compile(block.forward)
+    try:                                           # it needs a C++ compiler and Python's headers
+        if settings.compile:
+            torch.compile(lambda x: x + 1)(torch.ones(9, device=device))
+            for block in models.mjd.blocks:        # all share one compiled program
+                block.forward = torch.compile(block.forward)
+    except Exception as error:
+        print(f"--compile: going on without, as torch failed: {error!r:.150}")
     parts = *models.mjd.blocks, *models.dpa.blocks, models.vae.encoder, models.vae.decoder
     for part in parts if settings.checkpointing else ():         # less memory, computed twice
         part.forward = partial(checkpoint, part.forward, use_reentrant=False)
