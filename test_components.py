@@ -188,7 +188,11 @@ class TestData:
         error = (carried[1] - truth).abs()
         still = (truth[:, :1] - truth).abs()
         assert error[:, 0][drawn[:, 0]].max() < 1e-3
-        assert error[drawn].mean() < 0.5 * still[drawn].mean()
+        moved = error[drawn].mean()
+        assert moved < 0.5 * still[drawn].mean()
+        never = scene["visible"] & False
+        pseudo, _ = data.draw_in_all_views(scene["tracks"], never, cameras, *known)
+        assert pseudo.isfinite().all()
 
     def test_frame_0_does_not_tell_the_action(self):
         world = data.SyntheticHOI("val", **TINY)
