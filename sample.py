@@ -206,13 +206,16 @@ ROWS |= {ONE + OPEN: {"one": True, "loop": False}, ONE + FULL: {"one": True}}  #
 def matching_pixels(video, scene):
     """Tab. 1 and 3: how many patches (7 x 7 colours, every 2 pixels) of two views at one time are
     each other's nearest by cosine, over 0.7, and within 1.5 pixels of the other's epipolar line."""
+    factor = max(1, video.shape[3] // 64)              # at any size, the pixels of some 64 rows
+    video = F.avg_pool3d(video, (1, factor, factor))
     frames, height, width = video.shape[2:]
     # Patches (V,N,P,D) less the mean of their clip, at length 1, or 0 where they are flat.
     centred = video - video.mean((2, 3, 4), keepdim=True)
     patches = F.unfold(rearrange(centred, "v c n h w -> (v n) c h w"), 7, stride=2).mT
     patches = patches * (patches.std(-1, keepdim=True) > 0.1)
     patches = F.normalize(patches, dim=-1).unflatten(0, (-1, frames))
-    pixel = F.pad(track_grid((height - 6, width - 6), 2) + 2.5, (0, 1), value=1.0)    # (P,3)
+    pixel = track_grid((height - 6, width - 6), 2) + 2.5
+    pixel = F.pad(factor * pixel, (0, 1), value=1.0)                          # (P,3)
     turn = scene["extrinsics"][:, :3, :3].mT @ torch.linalg.inv(scene["intrinsics"])
     number = torch.arange(len(pixel))
     rays, eyes = pixel @ turn.mT, camera_centres(scene["extrinsics"])         # (V,P,3), (V,3)
@@ -225,7 +228,7 @@ def matching_pixels(video, scene):
             cosine = one @ other.mT
             best, partner = cosine.max(1)
             mutual = cosine.argmax(0)[partner] == number
-            good = mutual & (best > 0.7) & (distance[number, partner] < 1.5)
+            good = mutual & (best > 0.7) & (distance[number, partner] < 1.5 * factor)
             counts.append(good.sum())
     return torch.tensor(counts).float().mean()
 
