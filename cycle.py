@@ -91,7 +91,8 @@ class DDIMScheduler:
 
 class Models(nn.Module):
     """The three networks, fresh, and what a checkpoint knows of them: config holds "vae", "mjd" and
-    "dpa" (keyword dicts), "path", "size", "frames", "views", "stride", and "rig" (see train.py)."""
+    "dpa" (keyword dicts), "path", "size", "frames", "views", "stride", and from train.py "data",
+    "rig" and "trained"."""
     device = property(lambda models: models.mjd.special.device)
 
     def __init__(self, config):
@@ -106,7 +107,7 @@ class Models(nn.Module):
 def load_models(path, device="cpu"):
     """Models with the averaged weights of a checkpoint of train.py, ready to sample."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         models = Models(checkpoint["config"])
         models.load_state_dict(checkpoint["average"])
         if not all(weight.isfinite().all() for weight in checkpoint["average"].values()):
@@ -184,7 +185,7 @@ def joint_losses(models, batch, given, loop=True, aligned=True):
     z_Vt = torch.where(known, z_V, scheduler.add_noise(z_V, noise_V, t))
     z_Mpvt = scheduler.add_noise(z_Mpv, noise_Mpv, t)
     M_t = scheduler.add_noise(M, noise_M, t)
-    # line 3: M~ = G_DPA(M_t, coarse, t), drawn as z~; unlike the paper after an unguided MJD pass
+    # line 3: M~ = G_DPA(M_t, coarse, t), drawn as z~; unlike the paper after an unguided pass, by s_hat
     guidance = None
     if loop:
         with torch.no_grad():
@@ -223,8 +224,9 @@ class SampleState(NamedTuple):
     z_V: torch.Tensor
     z_Mpv: torch.Tensor
     scale: torch.Tensor      # (B,V,2) metres
+    coarse: torch.Tensor     # (B,V,N,K,3) metres: the tracks read from z_Mpv
     valid: torch.Tensor      # (B,V,N,K) bool
-    tracks: torch.Tensor     # (B,V,N,K,3) metres: the DPA's, or without it those read from z_Mpv
+    tracks: torch.Tensor     # (B,V,N,K,3) metres: the DPA's, or without it the coarse ones
     guidance: torch.Tensor   # of the next step, (B,V,2,C,n,h,w), or None
 
 
@@ -272,7 +274,7 @@ def sample(models, I, given, P, cameras, steps=4, seed=0, loop=True, aligned=Tru
         if loop and aligned:
             guidance = draw_guidance(models, M_bar, valid, s, cameras, I, given)
             guidance[:, :, 0] *= carry
-        yield SampleState(z_V, z_Mpv, s, valid, M_bar, guidance)
+        yield SampleState(z_V, z_Mpv, s, coarse, valid, M_bar, guidance)
 
 
 def moving_psnr(video, truth):
@@ -324,9 +326,10 @@ def lesson():
     given = torch.tensor([[False, True, False]])
     cameras = scene["intrinsics"], scene["extrinsics"]
     print(prompt[0], "from the middle view's picture alone; shown: the left view")
-    figure = Figure(figsize=(16, 12), layout="constrained")
+    figure = Figure(figsize=(16, 15), layout="constrained")
     for axis, loop in zip(figure.subplots(1, 2), (True, False)):
-        rows, clips = ["truth", "true motion video"], [video, scene["pseudo"]]
+        rows = ["reference (middle)", "truth", "true motion video"]
+        clips = [video[:, 1:, :, :1], video, scene["pseudo"]]
         for state in sample(models, video[:, :, :, 0], given, prompt, cameras, 3, loop=loop):
             rows += ["clean estimate", "its motion video"]
             clips += [decode(state.z_V), decode(state.z_Mpv, "motion")]
@@ -335,9 +338,11 @@ def lesson():
             print(f"loop={loop}: moving pixels {moving_psnr(clips[-2], video):.2f} dB, tracks "
                   f"{100 * error:.2f} cm")
             if loop:
-                carried, drawn = state.guidance.unbind(2)
-                rows += ["aligned tracks", "reference along"]
-                clips += [decode(drawn, "motion"), decode(carried)]
+                known = state.valid, state.scale, cameras, video[:, :, :, 0], given
+                coarse = draw_guidance(models, state.coarse, *known)[:, :, 1]
+                carried, aligned = state.guidance.unbind(2)
+                rows += ["coarse tracks", "aligned tracks", "reference along"]
+                clips += [decode(coarse, "motion"), decode(aligned, "motion"), decode(carried)]
         axis.imshow(torch.cat([film_strip(clip[0, 0], 5) for clip in clips]))
         axis.set_yticks(range(32, 64 * len(rows), 64), rows)
         axis.set(title=f"loop={loop}", xticks=[], anchor="N")

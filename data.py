@@ -155,10 +155,10 @@ def tracks_to_pseudo_video(tracks, visible, intrinsics, extrinsics, size, scale=
                            radius=None):
     """Proj & Norm: each track is a disc at its pixel, in its anchor's colour. tracks (V,N,K,3),
     visible (V,N,K) or None -> pseudo (V,3,N,H,W) in [0,1], scale. None: scale (V,2) is the range of
-    what is seen, anchors (V,K,2) the pixels in frame 0, radius (pixels) that of a grid's discs."""
+    what is seen, anchors (K,2) or (V,K,2) the pixels in frame 0, radius (pixels) that of a grid."""
     uv, depth = project(tracks, intrinsics, extrinsics)                       # (V,N,K,2), (V,N,K)
     shown = True if visible is None else visible
-    anchors = uv[:, 0] if anchors is None else anchors
+    anchors = uv[:, 0] if anchors is None else anchors.expand(len(tracks), -1, -1)
     stride = (size[0] * size[1] / tracks.shape[2]) ** 0.5
     radius = radius or TOUCHING * stride
     winner, hit = splat(uv, depth, shown, size, radius)
@@ -280,7 +280,8 @@ def pseudo_video_to_tracks(pseudo, scale, intrinsics, extrinsics, stride):
 
 class Scenes(Dataset):
     """What both data sets share: settings, and a folder `cache` that keeps finished samples."""
-    def __init__(self, split, size=(64, 96), frames=13, views=3, stride=4, seed=0, cache=None):
+    def __init__(self, split, size=(64, 96), frames=13, views=3, stride=4, seed=0, cache=None,
+                 device="cpu"):
         self.split = split
         self.size = tuple(size)
         self.frames = frames
@@ -288,6 +289,7 @@ class Scenes(Dataset):
         self.stride = stride
         self.seed = seed
         self.cache = cache
+        self.device = device
 
     def cached(self, name, make):
         """The sample of `make()`; if there is a cache, kept in a file, whole or not at all."""
@@ -308,7 +310,8 @@ class Scenes(Dataset):
                 os.replace(aside, path)
         sample["video"] = sample["video"] / 127.5 - 1
         sample["pseudo"] = sample["pseudo"] / 32767
-        return sample
+        tensors = {key: value.to(self.device) for key, value in sample.items() if key != "prompt"}
+        return sample | tensors
 
     def __len__(self):
         return len(self.names)
@@ -646,20 +649,15 @@ class SyntheticHOI(Scenes):
     `part` (V,K; hands 0 and 1, tool 2, target 3, table 4), `intrinsics`, `extrinsics`, `prompt`."""
     SPLITS = ("train", "val", "unseen")
 
-    def __init__(self, split, device="cpu", length=None, **settings):
+    def __init__(self, split, length=None, **settings):
         if split not in self.SPLITS:
             raise ValueError(f"expected a split of {self.SPLITS}, got {split!r}; choose one")
         super().__init__(split, **settings)
-        self.device = device
         self.names = range(length or (1_000_000 if split == "train" else 256))
         self.triplets = [words for words in TRIPLETS if (words in UNSEEN) == (split == "unseen")]
 
     def __getitem__(self, index):
         return self.scene(self.names[index])                   # an IndexError beyond the end
-
-    def actions(self, tool, target):
-        """All actions, seen or held out, that the world knows for this tool and target."""
-        return [words[0] for words in TRIPLETS if words[1:] == (tool, target)]
 
     def scene(self, index, action=None):
         """Sample `index`; with `action` the same first frame under another action."""
@@ -775,8 +773,9 @@ def load_obj(path):
 
 class TACO(Scenes):
     """TACO (Sec. 4.1), samples like `SyntheticHOI`'s, read from the download at `root`; a sequence
-    is a sample. mano_dir holds MANO_LEFT.pkl and MANO_RIGHT.pkl; split: train, val, unseen or all,
-    or what root/split.csv says (lines `sequence,split`), where there is one.
+    is a sample, the seed draws its window and cameras. mano_dir holds MANO_LEFT.pkl and
+    MANO_RIGHT.pkl; split: train, val, unseen or all, or what root/split.csv says (lines
+    `sequence,split`), where there is one.
     What cannot be used is left out with one printed line a process, kept in `report`."""
     def __init__(self, root, mano_dir, split="train", **settings):
         super().__init__(split, **settings)
@@ -784,8 +783,7 @@ class TACO(Scenes):
         self.report = {}
         self.names = []
         table = self.root / "split.csv"
-        raw = table.read_bytes() if table.is_file() else b""
-        text = raw.decode(json.detect_encoding(raw))                             # UTF-16 too
+        text = table.read_text("utf-8") if table.is_file() else ""
         listed = dict(re.findall(r"([\w-]+) *, *(\w+)\s*$", text, re.M))         # sequence, split
         for folder in sorted(self.root.glob("Hand_Poses/*/*")):
             name = "/".join(folder.parts[-2:])                                   # triplet/sequence
@@ -808,7 +806,7 @@ class TACO(Scenes):
             try:
                 if name not in self.report:
                     return self.cached(f"taco4 {self.split} {name}", lambda: self.read(name))
-            except (ValueError, LookupError, TypeError, EOFError, RuntimeError,
+            except (ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError,
                     FileNotFoundError) as error:       # a full disk is none of these
                 self.leave_out(name, error)
         raise ValueError(f"{self.report}: expected a readable sequence, got none")

@@ -100,7 +100,7 @@ def read_rig(path, models):
         views = rig["views"]
         intrinsics = torch.tensor([view["intrinsics"] for view in views]).float()
         extrinsics = torch.tensor([view["extrinsics"] for view in views]).float()
-        torch.linalg.inv(intrinsics)                                # or it says why not
+        torch.linalg.inv(intrinsics), torch.linalg.inv(extrinsics)         # or they say why not
         full = torch.tensor(rig["size"]).flip(0)
         scale = (size / full).amax()
         intrinsics[:, :2] *= scale
@@ -284,7 +284,8 @@ def made(models, scene, name, options):
 def action_trials(models, options, dataset, index):
     """From one first frame, for every action known for it: are its own true tracks the nearest?"""
     tool, _, target = dataset[index]["prompt"][1:-1].split(", ")
-    scenes = [dataset.scene(index, action) for action in dataset.actions(tool, target)]
+    actions = [words[0] for words in TRIPLETS if words[1:] == (tool, target)]
+    scenes = [dataset.scene(index, action) for action in actions]
     if len(scenes) == 1:                              # no choice, no trial
         return
     for number, scene in enumerate(scenes):

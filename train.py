@@ -16,6 +16,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from functools import partial
 
 import imageio.v3 as iio
@@ -38,6 +39,7 @@ RANK = int(os.environ.get("RANK", 0))                # this process, of WORLD th
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")     # or it grows by GB on a CPU
+warnings.filterwarnings("ignore", ".*returned a view")     # FSDP2's; nothing changes it in place
 
 # Sizes, distinct scenes, peak rates, and lengths of stages: their shares of `minutes`
 # (the hour of two CPU cores), or steps
@@ -85,7 +87,7 @@ def parse(arguments=None):
     add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="autocast dtype")
     add("--seed", type=int, default=0, help="of weights, data and noise")
     add("--scenes", type=int, help="distinct scenes of the synthetic world")
-    add("--cache", type=user_path, help="folder that keeps scenes, default OUT/scenes")
+    add("--cache", type=user_path, help="folder that keeps samples; for --scenes: OUT/scenes")
     cores = os.cpu_count() // WORLD
     add("--workers", type=int, default=max(1, min(4, cores // 2)), help="data-loading processes")
     add("--fused", action=switch, default=torch.cuda.is_available(), help="torch's attention")
@@ -334,7 +336,7 @@ def train(arguments=None):
     device = pick_device(settings.device)
     if WORLD > 1:                                                # started by torchrun
         if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))         # torch < 2.8 would not
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         mesh = dist.device_mesh.init_device_mesh(device.type, (WORLD,))
     settings.bf16 = dict(auto=use_bf16(device), bf16=True, fp32=False)[settings.precision]
@@ -351,7 +353,7 @@ def train(arguments=None):
     averaged = copy.deepcopy(models).requires_grad_(False)
     saved = {}
     if settings.resume:
-        saved = torch.load(source, map_location="cpu", weights_only=True)
+        saved = torch.load(source, map_location="cpu", weights_only=True, mmap=WORLD > 1)
         if saved["stage"] not in settings.stages:
             raise ValueError(f"--resume: expected --stage {saved['stage']}, where {source} is")
         models.load_state_dict(saved["weights"])
@@ -371,7 +373,7 @@ def train(arguments=None):
                 block.forward = torch.compile(block.forward)
     except Exception as error:
         print(f"--compile: going on without, as torch failed: {error!r:.150}")
-    parts = *models.mjd.blocks, *models.dpa.blocks, models.vae.encoder, models.vae.decoder
+    parts = *models.mjd.blocks, *models.dpa.blocks, *models.vae.encoder, *models.vae.decoder
     for part in parts if settings.checkpointing else ():         # less memory, computed twice
         part.forward = partial(checkpoint, part.forward, use_reentrant=False)
     # The stages; Ctrl-C, which only a main thread may catch, lets the step finish and saves
