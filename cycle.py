@@ -185,7 +185,7 @@ def joint_losses(models, batch, given, loop=True, aligned=True):
     z_Vt = torch.where(known, z_V, scheduler.add_noise(z_V, noise_V, t))
     z_Mpvt = scheduler.add_noise(z_Mpv, noise_Mpv, t)
     M_t = scheduler.add_noise(M, noise_M, t)
-    # line 3: M~ = G_DPA(M_t, coarse, t), drawn as z~; unlike the paper after an unguided pass, by s_hat
+    # line 3: M~ = G_DPA(M_t, coarse, t), drawn as z~; the unguided pass and its s_hat are ours
     guidance = None
     if loop:
         with torch.no_grad():

@@ -158,7 +158,9 @@ def tracks_to_pseudo_video(tracks, visible, intrinsics, extrinsics, size, scale=
     what is seen, anchors (K,2) or (V,K,2) the pixels in frame 0, radius (pixels) that of a grid."""
     uv, depth = project(tracks, intrinsics, extrinsics)                       # (V,N,K,2), (V,N,K)
     shown = True if visible is None else visible
-    anchors = uv[:, 0] if anchors is None else anchors.expand(len(tracks), -1, -1)
+    if anchors is None:
+        anchors = uv[:, 0]
+    anchors = anchors.expand(len(uv), -1, -1)                                 # (V, K, 2)
     stride = (size[0] * size[1] / tracks.shape[2]) ** 0.5
     radius = radius or TOUCHING * stride
     winner, hit = splat(uv, depth, shown, size, radius)
@@ -310,8 +312,9 @@ class Scenes(Dataset):
                 os.replace(aside, path)
         sample["video"] = sample["video"] / 127.5 - 1
         sample["pseudo"] = sample["pseudo"] / 32767
-        tensors = {key: value.to(self.device) for key, value in sample.items() if key != "prompt"}
-        return sample | tensors
+        for key in sample.keys() - {"prompt"}:
+            sample[key] = sample[key].to(self.device)
+        return sample
 
     def __len__(self):
         return len(self.names)
@@ -783,7 +786,9 @@ class TACO(Scenes):
         self.report = {}
         self.names = []
         table = self.root / "split.csv"
-        text = table.read_text("utf-8") if table.is_file() else ""
+        text = ""
+        if table.is_file():
+            text = table.read_text("utf-8")
         listed = dict(re.findall(r"([\w-]+) *, *(\w+)\s*$", text, re.M))         # sequence, split
         for folder in sorted(self.root.glob("Hand_Poses/*/*")):
             name = "/".join(folder.parts[-2:])                                   # triplet/sequence
