@@ -281,7 +281,7 @@ def pseudo_video_to_tracks(pseudo, scale, intrinsics, extrinsics, stride):
 
 
 class Scenes(Dataset):
-    """What both data sets share: settings, and a folder `cache` that keeps finished samples."""
+    """What both data sets share: settings, a folder `cache` of finished samples, their device."""
     def __init__(self, split, size=(64, 96), frames=13, views=3, stride=4, seed=0, cache=None,
                  device="cpu"):
         self.split = split
