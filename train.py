@@ -87,7 +87,7 @@ def parse(arguments=None):
     add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="autocast dtype")
     add("--seed", type=int, default=0, help="of weights, data and noise")
     add("--scenes", type=int, help="distinct scenes of the synthetic world")
-    add("--cache", type=user_path, help="folder that keeps samples; for --scenes: OUT/scenes")
+    add("--cache", type=user_path, help="folder that keeps samples; the world's: OUT/scenes")
     cores = os.cpu_count() // WORLD
     add("--workers", type=int, default=max(1, min(4, cores // 2)), help="data-loading processes")
     add("--fused", action=switch, default=torch.cuda.is_available(), help="torch's attention")
