@@ -158,9 +158,10 @@ def tracks_to_pseudo_video(tracks, visible, intrinsics, extrinsics, size, scale=
     what is seen, anchors (K,2) or (V,K,2) the pixels in frame 0, radius (pixels) that of a grid."""
     uv, depth = project(tracks, intrinsics, extrinsics)                       # (V,N,K,2), (V,N,K)
     shown = True if visible is None else visible
+    first = uv[:, 0]                                                          # (V, K, 2)
     if anchors is None:
-        anchors = uv[:, 0]
-    anchors = anchors.expand(len(uv), -1, -1)                                 # (V, K, 2)
+        anchors = first
+    anchors = anchors.expand_as(first)
     stride = (size[0] * size[1] / tracks.shape[2]) ** 0.5
     radius = radius or TOUCHING * stride
     winner, hit = splat(uv, depth, shown, size, radius)
@@ -786,9 +787,8 @@ class TACO(Scenes):
         self.report = {}
         self.names = []
         table = self.root / "split.csv"
-        text = ""
-        if table.is_file():
-            text = table.read_text("utf-8")
+        raw = table.read_bytes() if table.is_file() else b""
+        text = raw.decode(json.detect_encoding(raw))                             # UTF-16 too
         listed = dict(re.findall(r"([\w-]+) *, *(\w+)\s*$", text, re.M))         # sequence, split
         for folder in sorted(self.root.glob("Hand_Poses/*/*")):
             name = "/".join(folder.parts[-2:])                                   # triplet/sequence
