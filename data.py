@@ -907,13 +907,15 @@ class TACO(Scenes):
         crop = ":".join(map(str, box))
         chosen = "+".join(rf"eq(n\,{frame})" for frame in window)
         graph = f"select={chosen},crop={crop},scale={width}:{height}:flags=area+accurate_rnd"
+        graph += ",setpts=N/30/TB"                     # one after the other, or some are dropped
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", path, "-vf", graph]
-        command += f"-nostdin -v error -frames:v {self.frames} -fps_mode passthrough".split()
+        command += f"-nostdin -v error -frames:v {self.frames} -r 30".split()
         command += "-f rawvideo -pix_fmt rgb24 -".split()
-        pixels = subprocess.run(command, capture_output=True).stdout
-        if len(pixels) != self.frames * height * width * 3:
-            raise ValueError(f"expected {self.frames} frames, got fewer, in {path}")
-        pixels = torch.frombuffer(bytearray(pixels), dtype=torch.uint8)
+        done = subprocess.run(command, capture_output=True)
+        if len(done.stdout) != self.frames * height * width * 3:
+            said = done.stderr[-200:].decode(errors="replace")
+            raise ValueError(f"expected {self.frames} frames, got fewer, in {path}: {said}")
+        pixels = torch.frombuffer(bytearray(done.stdout), dtype=torch.uint8)
         video = rearrange(pixels, "(n h w c) -> c n h w", h=height, w=width, c=3)
         return video / 127.5 - 1
 

@@ -829,7 +829,11 @@ class TestPrograms:
     def test_both_command_lines_run_and_two_processes_equal_one(self, programs):
         shutil.copy("../trained/checkpoint.pt", ".")
         assert run(".", "--stage joint --resume --steps 4") == 0
-        assert programs.wait() == 0, Path("../pair/log").read_text()
+        code, log = programs.wait(), Path("../pair/log").read_text()
+        if torch.__version__ < "2.8":                                        # of FSDP2
+            assert code and "expected torch 2.8" in log
+            return
+        assert code == 0, log
         pair = torch.load("../pair/checkpoint.pt")["average"]
         for key, value in torch.load("checkpoint.pt")["average"].items():
             assert (value - pair[key]).abs().mean() < 1e-4, key

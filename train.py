@@ -335,6 +335,8 @@ def train(arguments=None):
     settings = parse(arguments)
     device = pick_device(settings.device)
     if WORLD > 1:                                                # started by torchrun
+        if torch.__version__ < "2.8":
+            raise ValueError(f"torchrun: expected torch 2.8 or newer, got {torch.__version__}")
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
