@@ -64,12 +64,12 @@ def serialize(points, group, patch, shift=0):
 
 
 def voxelize(points, size, group=0):
-    """Sparsification (Sec. 3.4): points (..., 3) of groups (...) -> sorted keys (M,) of the voxels,
-    and the voxel of each point. The paper also drops points; the grid of tracks has few enough."""
+    """Sparsification (Sec. 3.4): points (..., 3) of groups (...) -> sorted keys (M,) of voxels, the
+    voxel of each point, and their sizes (M,). The paper drops points too, ours are few."""
     keys = group
     for cell in grid_cells(points, size).unbind(-1):
         keys = (keys << GRID_BITS) + cell                                     # group, x, y, z
-    return torch.unique(keys, return_inverse=True)
+    return torch.unique(keys, return_inverse=True, return_counts=True)
 
 
 def voxel_neighbours(keys):
@@ -130,12 +130,12 @@ class VoxelConv(nn.Module):
         self.conv = SparseConv3d(dim // 2, dim // 2)
         self.expand = nn.Linear(dim // 2, dim)
 
-    def forward(self, x, voxel, neighbours):
-        """x (R,N,D), voxel (T,), neighbours (M,27) -> the shape of x, equal within a voxel."""
+    def forward(self, x, voxel, count, neighbours):
+        """x (R,N,D), voxel (T,), count (M,), neighbours (M,27) -> as x, equal within a voxel."""
         tokens = self.reduce(x).flatten(0, 1).float()                         # (T, D/2)
-        total = tokens.new_zeros(len(neighbours), tokens.shape[1])
+        total = tokens.new_zeros(len(count), tokens.shape[1])
         total = total.index_add(0, voxel, tokens)
-        mean = total / voxel.bincount()[:, None]                              # (M, D/2)
+        mean = total / count[:, None]                                         # (M, D/2)
         out = self.expand(self.conv(mean.to(x.dtype), neighbours))
         return rms_norm(out).index_select(0, voxel).view_as(x)
 
@@ -152,8 +152,8 @@ class Block(nn.Module):
         self.modulation = zero_init(nn.Linear(dim, 10 * dim))
 
     def forward(self, x, time, coarse, mask, voxels, curve):
-        """x (R,N,D), time (R,1,D), coarse (R,N,D), mask (R,1,1,2N); voxels: voxel (T,), neighbours
-        (M,27); curve: of `serialize` -> the shape of x."""
+        """x (R,N,D), time (R,1,D), coarse (R,N,D), mask (R,1,1,2N); voxels: voxel (T,), count (M,),
+        neighbours (M,27); curve: of `serialize` -> the shape of x."""
         rows = self.modulation(time)                                          # (R, 1, 10 D)
         g1, g2, shift2, scale2, g3, shift3, scale3, g4, shift4, scale4 = rows.chunk(10, -1)
         x = x + g1 * self.conv(x, *voxels)
@@ -220,8 +220,8 @@ class DPA(nn.Module):
         # Voxels, and curves along z-order and transposed z-order, of all views at each time step
         group = (batch[:, None] * len(step) + step).flatten()                 # (T,)
         points = self.denormalise(coarse[slots]).flatten(0, 1)                # (T, 3)
-        keys, voxel = voxelize(points, VOXEL, group)
-        voxels = voxel, voxel_neighbours(keys)
+        keys, voxel, count = voxelize(points, VOXEL, group)
+        voxels = voxel, count, voxel_neighbours(keys)
         curves = [serialize(points, group, self.patch),
                   serialize(points[:, [1, 0, 2]], group, self.patch, shift=self.patch // 2)]
         # Beyond the paper, a noisy point brings its coarse one: cross-attention alone does worse.

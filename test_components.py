@@ -438,7 +438,7 @@ class TestNetworks:
         dense = torch.randn(3, 4, 5, 6) * occupied               # submanifold: nothing elsewhere
         weight = conv.weight.view(3, 3, 3, 3, 5).permute(4, 3, 0, 1, 2)
         expected = F.conv3d(dense[None], weight, conv.bias, padding=1)[0]
-        keys, (voxel,) = dpa.voxelize(occupied.nonzero()[None] + 0.5, 1.0)
+        keys, (voxel,), _ = dpa.voxelize(occupied.nonzero()[None] + 0.5, 1.0)
         features = torch.empty(len(keys), 3)
         features[voxel] = dense[:, occupied].mT
         found = conv(features, dpa.voxel_neighbours(keys))
