@@ -687,7 +687,7 @@ class TestPrograms:
         assert len(set(found)) == len(found) - 1
         assert sorted(os.listdir("out")) == """motion_view0.mp4 motion_view1.mp4 overview.gif
             overview.png tracks.npz video_view0.mp4 video_view1.mp4 viewer.html""".split()
-        page = Path("out/viewer.html").read_text()
+        page = Path("out/viewer.html").read_text("utf-8")
         assert "http" not in page.replace("http-equiv", "")                  # needs no network
         content = re.search('json">(.*?)</script>', page, re.DOTALL)[1]      # the prompt ends none
         assert json.loads(content)["prompt"] == HOSTILE
@@ -840,8 +840,8 @@ class TestPrograms:
         assert run("../pair", "--stage joint --resume --steps 5") == 0           # and back to one
 
     def test_the_readme_and_the_house_are_in_order(self):
-        text = (HERE / "README.md").read_text()
-        scripts = {name: (HERE / name).read_text() for name in SCRIPTS}
+        text = (HERE / "README.md").read_text("utf-8")
+        scripts = {name: (HERE / name).read_text("utf-8") for name in SCRIPTS}
         for name, script in scripts.items():
             count = re.search(rf"^\| `{name}` \| ([\d,]+) \|", text, re.MULTILINE)[1]
             lines = script.splitlines()
