@@ -87,7 +87,7 @@ def pixel_centres(size, device=None):
 def plucker_rays(intrinsics, extrinsics, size):
     """Rays of all pixels, (V,6,H,W): unit direction and moment (centre x direction), world."""
     uv = pixel_centres(size, intrinsics.device)[None]                         # (1, H, W, 2)
-    points = unproject(uv, torch.ones_like(uv[..., 0]), intrinsics, extrinsics)
+    points = unproject(uv, uv.new_ones(1), intrinsics, extrinsics)
     centres = camera_centres(extrinsics)[:, None, None]
     direction = F.normalize(points - centres, dim=-1)
     moment = torch.linalg.cross(centres, direction)
@@ -96,9 +96,9 @@ def plucker_rays(intrinsics, extrinsics, size):
 
 # ------------------------------------------------------- motion representation (Sec. 3.2, Fig. 3)
 
-def within(x, y, size):
-    """Whether pixels x, y are in a picture of size (H,W)."""
-    return (x >= 0) & (x < size[1]) & (y >= 0) & (y < size[0])
+def within(x, y, height, width):
+    """Whether pixels x, y are in a picture."""
+    return (x >= 0) & (x < width) & (y >= 0) & (y < height)
 
 
 def track_grid(size, stride):
@@ -136,13 +136,12 @@ def splat(uv, depth, shown, size, radius):
     centre_x, centre_y = uv.unbind(-1)
     reach = math.ceil(radius)
     for across, down in itertools.product(range(-reach, reach + 1), repeat=2):
-        least = max(0, abs(across) - 0.5), max(0, abs(down) - 0.5)
-        if math.hypot(*least) > radius:                    # the pixel is too far away
+        if math.hypot(across, down) > radius + 0.71:       # the pixel is too far away
             continue
         x = centre_x.floor() + across
         y = centre_y.floor() + down
         distance = torch.hypot(x + 0.5 - centre_x, y + 0.5 - centre_y)
-        drawn = shown & within(x, y, size) & (distance <= radius)
+        drawn = shown & within(x, y, height, width) & (distance <= radius)
         pixel = torch.where(drawn, y * width + x, height * width)
         order = (depth + 0.002 * distance).clamp(0, 1e4)
         key = (1e4 * order).long() << 24 | slot
@@ -159,11 +158,8 @@ def tracks_to_pseudo_video(tracks, visible, intrinsics, extrinsics, size, scale=
     uv, depth = project(tracks, intrinsics, extrinsics)                       # (V,N,K,2), (V,N,K)
     shown = True if visible is None else visible
     first = uv[:, 0]                                                          # (V, K, 2)
-    if anchors is None:
-        anchors = first
-    anchors = anchors.expand_as(first)
-    stride = (size[0] * size[1] / tracks.shape[2]) ** 0.5
-    radius = radius or TOUCHING * stride
+    anchors = first if anchors is None else anchors.expand_as(first)
+    radius = radius or TOUCHING * (size[0] * size[1] / tracks.shape[2]) ** 0.5
     winner, hit = splat(uv, depth, shown, size, radius)
     index = winner.flatten(2)                                                 # (V, N, H W)
     depth = depth.gather(2, index).unflatten(2, size)                         # (V, N, H, W)
@@ -177,15 +173,14 @@ def tracks_on_grid(points, camera, size, stride):
     # The cells of the grid are the pixels of a picture `stride` times smaller.
     uv, depth = project(points[:, :1], *camera)
     cells = [side // stride for side in size]
-    first = splat(uv / stride, depth, True, cells, DISC / stride)
-    track, found = [part.flatten() for part in first]                         # (K,)
-    return points[:, :, track], found
+    track, found = splat(uv / stride, depth, True, cells, DISC / stride)
+    return points[:, :, track.flatten()], found.flatten()
 
 
 def one_view(video, pseudo, scale, tracks, found, camera, stride):
-    """What a view adds to a sample. A track of (1,N,K,3) is visible in frames where the pseudo
-    video (1,3,N,H,W) in [0,1] gives it back to within a cell's width. Tracks not found (K,), or not
-    visible in frame 0, never are, and are 0."""
+    """What a view of video (3,N,H,W) adds to a sample. A track of (1,N,K,3) is visible in frames
+    where the pseudo video (1,3,N,H,W) in [0,1] gives it back to within a cell's width. Tracks not
+    found (K,), or not visible in frame 0, never are, and are 0."""
     read, valid = pseudo_video_to_tracks(pseudo, scale, *camera, stride)
     intrinsics, extrinsics = camera
     _, depth = project(tracks, intrinsics, extrinsics)
@@ -193,9 +188,8 @@ def one_view(video, pseudo, scale, tracks, found, camera, stride):
     visible = valid & ((read - tracks).norm(dim=-1) < cell)
     visible &= found & visible[:, :1]
     tracks = tracks.masked_fill(~visible[:, :1, :, None], 0)
-    view = dict(video=video, pseudo=2 * pseudo - 1, scale=scale, tracks=tracks, visible=visible,
-                intrinsics=intrinsics, extrinsics=extrinsics)
-    return {key: value[0] for key, value in view.items()}
+    return dict(video=video, pseudo=2 * pseudo[0] - 1, scale=scale[0], tracks=tracks[0],
+                visible=visible[0], intrinsics=intrinsics[0], extrinsics=extrinsics[0])
 
 
 def draw_in_all_views(tracks, valid, camera, scale, references, given, stride):
@@ -219,11 +213,9 @@ def draw_in_all_views(tracks, valid, camera, scale, references, given, stride):
     # The references are a volume, one view behind the other; each is looked up in its own plane.
     plane = (view[winner] + 0.5) / views
     place = place / place.new_tensor(size[::-1])
-    place = torch.cat([place, plane[..., None]], -1)
-    place = rearrange(2 * place - 1, "v n h w c -> 1 (v n) h w c")
-    volume = rearrange(references, "u c h w -> 1 c u h w")
-    seen = F.grid_sample(volume, place, padding_mode="border", align_corners=False)
-    seen = rearrange(seen, "1 c (v n) h w -> v c n h w", v=views)
+    place = torch.cat([place, plane[..., None]], -1)                          # (V, N, H, W, 3)
+    volume = repeat(references, "u c h w -> v c u h w", v=views)
+    seen = F.grid_sample(volume, 2 * place - 1, padding_mode="border", align_corners=False)
     return pseudo, torch.where(hit[:, None], seen, 0.0)
 
 
@@ -254,7 +246,7 @@ def count_votes(pseudo, scale, stride):
         offset = anchor - cell
         distance = offset.square().sum(-1)
         x, y = cell.long().unbind(-1)
-        inside = within(x, y, (down, across))
+        inside = within(x, y, down, across)
         weight = inside * trust * torch.exp(-distance / 0.32)
         slot = inside * ((picture * down + y) * across + x)
         moved = vote - F.pad(stride * offset, (0, 2))
@@ -406,7 +398,7 @@ def bone(start, end, half):
     """Poses (...,4,4) of a piece from start to end (...,3) with half sizes along x and y."""
     axes = axes_along(end - start, torch.tensor([0, 1, .1]))
     axes[..., :2] *= half
-    axes[..., 2] *= (end - start).norm(dim=-1, keepdim=True) / 2
+    axes[..., 2] = (end - start) / 2
     return affine(axes, (start + end) / 2)
 
 
@@ -426,9 +418,9 @@ def camera_rig(views, size, draw=lambda low, high: (low + high) / 2):
     for place in range(1 - views, views, 2):
         side = .7 * place / max(views - 1, 1) + draw(-.08, .08)
         up = draw(.75, .95)
-        back = torch.tensor([-math.sin(side), -math.cos(side), up])
+        ahead = torch.tensor([math.sin(side), math.cos(side), -up])
         distance = draw(.66, .74)
-        eye = aim + distance * F.normalize(back, dim=0)
+        eye = aim - distance * F.normalize(ahead, dim=0)
         cameras.append(camera(eye, aim, distance * zoom, size))
     return [torch.cat(matrices) for matrices in zip(*cameras)]
 
@@ -481,8 +473,8 @@ def motion(action, target, draw, frames):
     # The tip's way (m); the tool's turns up, to the left, about its handle, the target's turn: each
     # begins at 0, so that frame 0 is the same.
     forward = left = pitch = yaw = spin = turn = still
-    go = (math.pi / 2 * (4 * phase).clamp(max=1)).sin()      # under way from a quarter on
-    wave = 2 * math.pi * phase
+    wave = math.tau * phase
+    go = wave.clamp(max=math.pi / 2).sin()                   # under way from a quarter on
     up = -.04 * go                                           # it begins 4 cm above the work
     if action == "stir":
         forward = reach * go * (1.5 * wave).cos()
@@ -526,9 +518,8 @@ def lay_out(action, tool, target, draw, frames):
     """A scene. Its pieces: pose, inverse (P,N,4,4), shape (P,5), colours (P,2,3; surface, stripe),
     part (P,). eye: the place of the lamp (3,)."""
     def hue(low, high):
-        angle = draw(0, 2 * math.pi)
-        waves = [math.cos(angle + shift) for shift in (0, 2.1, 4.2)]
-        return [low + (high - low) * (wave + 1) / 2 for wave in waves]
+        wave = torch.tensor([0, 2.1, 4.2]) + draw(0, math.tau)
+        return (low + (high - low) * (wave.cos() + 1) / 2).tolist()
 
     tone = draw(0, 1)
     skin = [.95 - .4 * tone, .70 - .35 * tone, .56 - .32 * tone]
@@ -545,8 +536,7 @@ def lay_out(action, tool, target, draw, frames):
     pieces = right + left + [(table, "plane", "table", 4)]
     poses, shapes, names, parts = zip(*pieces)
     pose = torch.stack(poses)
-    inverse = pose.inverse()
-    scene = {"pose": pose, "inverse": inverse, "part": torch.tensor(parts)}
+    scene = {"pose": pose, "inverse": pose.inverse(), "part": torch.tensor(parts)}
     scene["shape"] = torch.stack([numbers(SHAPES[name]) for name in shapes])
     colours = [(surface[name], stripe[name]) for name in names]
     scene["colours"] = torch.tensor(colours)
@@ -560,7 +550,7 @@ def cast(scene, camera, size):
     origin = camera_centres(camera[1])[0]
     grid = [2 * side + 1 for side in size]
     uv = pixel_centres(grid, origin.device) / 2 - .25
-    ahead = unproject(uv, torch.ones_like(uv[..., 0]), *camera)
+    ahead = unproject(uv, uv.new_ones(1), *camera)
     direction = (ahead - origin).movedim(-1, 0)                                     # (3, ...)
     descent = -direction[2]
     depth = origin[2] / descent.clamp_min(origin[2] / 3)     # beyond 3 m the table meets the ray
@@ -616,7 +606,7 @@ def paint(scene, origin, points, piece):
     uv, depth = project(points, *scene["lamp"])
     place = uv / 20 - 1
     light = F.grid_sample(scene["maps"], place, align_corners=True)[:, 0]
-    light *= (-100 * (depth - 1.21)).exp()
+    light *= (100 * (1.21 - depth)).exp()
     outside = place.abs().amax(-1) > 1
     light = light.clamp(max=1).masked_fill(outside, 1)
     sun = F.normalize(scene["eye"], dim=0)
@@ -642,7 +632,7 @@ def film(scene, camera, size, stride):
     cell = np.s_[0, stride::2 * stride, stride::2 * stride]
     index = piece[cell].flatten()
     tracks = transform(local[cell].flatten(0, 1), scene["pose"][index].movedim(1, 0))
-    view = one_view(video[None], pseudo, scale, tracks[None], index >= 0, camera, stride)
+    view = one_view(video, pseudo, scale, tracks[None], index >= 0, camera, stride)
     return view | {"part": scene["part"][index]}
 
 
@@ -720,7 +710,7 @@ def read_pickle(path):
         return SafeUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
     except Exception as error:                          # torch would advise to trust the file
         reason = str(error).rpartition("Trying to load ")[2]
-        raise ValueError(f"{path}: expected tensors and arrays only ({reason})") from error
+        raise ValueError(f"{path}: expected tensors and arrays only ({reason})")
 
 
 def as_tensor(value):
@@ -758,7 +748,7 @@ def mano_vertices(model, pose, shape, place):
     bend = (turn[:, 1:] - one).flatten(1)                               # (N, 135)
     posed = rest + (model["posedirs"] @ bend.T).movedim(-1, 0)                   # (N, 778, 3)
     # Every bone turns about its joint, and then with its parent.
-    bones = affine(turn, joints - (turn @ joints[..., None])[..., 0])            # (N, 16, 4, 4)
+    bones = affine(turn, joints - torch.einsum("njab,jb->nja", turn, joints))    # (N, 16, 4, 4)
     for joint in range(1, 16):
         parent = int(model["kintree_table"][0, joint])
         bones[:, joint] = bones[:, parent] @ bones[:, joint]
@@ -768,18 +758,17 @@ def mano_vertices(model, pose, shape, place):
 
 def load_obj(path):
     """Triangles (F,3,3), corners in metres, of an .obj of triangles in centimetres."""
-    lines = path.read_text(errors="replace").splitlines()
-    vertices = [line.split()[1:4] for line in lines if line.startswith("v ")]
-    faces = [re.findall(r" (\d+)", line) for line in lines if line.startswith("f ")]
+    text = path.read_text(errors="replace")
+    vertices = re.findall(r"^v +(\S+) +(\S+) +(\S+)", text, re.M)
+    faces = re.findall(r"^f +(\d+)\S* +(\d+)\S* +(\d+)", text, re.M)
     vertices = np.array(vertices, np.float32) / 100
     return torch.from_numpy(vertices[np.array(faces, int) - 1])
 
 
 class TACO(Scenes):
     """TACO (Sec. 4.1), samples like `SyntheticHOI`'s, read from the download at `root`; a sequence
-    is a sample, the seed draws its window and cameras. mano_dir holds MANO_LEFT.pkl and
-    MANO_RIGHT.pkl; split: train, val, unseen or all, or what root/split.csv says (lines
-    `sequence,split`), where there is one.
+    is a sample, the seed draws its window and cameras. mano_dir holds MANO_LEFT and MANO_RIGHT.
+    split: train, val, unseen or all, or what root/split.csv says (lines `sequence,split`), if any.
     What cannot be used is left out with one printed line a process, kept in `report`."""
     def __init__(self, root, mano_dir, split="train", **settings):
         super().__init__(split, **settings)
@@ -835,8 +824,7 @@ class TACO(Scenes):
         if self.split == "train":
             spare = min(map(len, objects)) - window[-1]
             window += chance.integers(max(1, spare))
-        left, right = [self.hand(name, side, window) for side in ("left", "right")]
-        meshes = [left, right]
+        meshes = [self.hand(name, side, window) for side in ("left", "right")]
         for path, poses in zip(paths, objects):
             number = path.stem.split("_")[-1]
             corners = load_obj(self.root / f"Object_Models/{number}_cm.obj")
@@ -844,7 +832,7 @@ class TACO(Scenes):
         triangles = torch.cat(meshes, 1)                                         # (N, F, 3, 3)
         # One camera of each part of the row from the left hand's side to the right hand's.
         cameras = self.usable_cameras(name, triangles[:1].flatten(1, 2))
-        rightwards = right.mean((0, 1, 2)) - left.mean((0, 1, 2))
+        rightwards = (meshes[1] - meshes[0]).mean((0, 1, 2))
         cameras.sort(key=lambda camera: camera_centres(camera[2])[0] @ rightwards)
         groups = np.array_split(range(len(cameras)), self.views)
         chosen = [cameras[chance.choice(group)] for group in groups]
@@ -873,8 +861,7 @@ class TACO(Scenes):
         area = torch.linalg.cross(one, other).norm(dim=-1).numpy()
         count = DENSITY * math.prod(self.size)
         count = min(count, 60_000_000 // self.frames)                            # for the memory
-        share = area / area.sum()
-        faces = chance.choice(len(area), count, p=share)
+        faces = chance.choice(len(area), count, p=area / area.sum())
         weights = chance.dirichlet([1, 1, 1], count)
         weights = as_tensor(weights)[..., None]                                  # (P, 3, 1)
         moving = [(mesh[faces] * weights).sum(1) for mesh in triangles]
@@ -938,15 +925,14 @@ class TACO(Scenes):
         camera = intrinsics, extrinsics
         pseudo, scale = tracks_to_pseudo_video(points, None, *camera, self.size, radius=DISC)
         # What changes in the video must lie where the meshes move.
-        change = pseudo[0].diff(dim=1).abs()
-        moves = change.sum(0) > 0.02
+        moves = pseudo[0].diff(dim=1).abs().sum(0) > 0.02
         changes = video.diff(dim=1).abs().sum(0)
         inside = changes[moves].mean()
         outside = changes[~moves].mean()
         if inside < 2.5 * outside:                                   # 10 times, if all is well
             raise ValueError(f"wrong calibration: meshes move apart from {path}")
         tracks, found = tracks_on_grid(points, camera, self.size, self.stride)
-        return one_view(video[None], pseudo, scale, tracks, found, camera, self.stride)
+        return one_view(video, pseudo, scale, tracks, found, camera, self.stride)
 
 
 def open_dataset(name, split, root, mano_dir, length=None, **settings):
