@@ -32,19 +32,19 @@ from dpa import DPA, chamfer_distance
 from mjd import MJD, VideoVAE
 
 SHIPPED = Path(__file__).parent / "weights"
+DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]       # the first is the default
 TYPICAL_DEPTH = 0.707        # metres to the scene's middle, where the scale is scale_centre
 fold = nn.Flatten(0, 1)      # (B,V,...) -> (B V,...): data.py's functions take any number of views
 
 
 class DDIMScheduler:
     """DDIM and rectified flow as one (Sec. 3.1): a path z_t = alpha z_0 + sigma z_1. t is (B,) in
-    [0,1], z and d z_t / d t are (B,...). path: "flow" (alpha = 1-t, sigma = t), "cosine" (variance
-    preserving). shift > 1 moves times towards noise, as in Wan2.2; 1 is the paper's t ~ U(0,1)."""
-
-    def __init__(self, path="flow", shift=5.0):
+    [0,1], z and d z_t / d t are (B,...). path: "flow" (alpha = 1-t, sigma = t) or
+    "cosine" (variance preserving)."""
+    def __init__(self, path="flow"):
         if path not in ("flow", "cosine"):
             raise ValueError(f'path: expected "flow" or "cosine", got {path!r}')
-        self.path, self.shift = path, shift
+        self.path = path
 
     def coefficients(self, t, ndim=1):
         """alpha, sigma and their derivatives at t (B,), to multiply tensors of ndim axes."""
@@ -85,8 +85,8 @@ class DDIMScheduler:
         return self.add_noise(clean, noise, t_next)
 
     def shifted(self, t):
-        """Evenly spread t in [0,1] -> times with more of them near noise."""
-        return self.shift * t / (1 + (self.shift - 1) * t)
+        """Evenly spread t in [0,1], the paper's -> more of them near noise, Wan2.2's shift of 5."""
+        return 5 * t / (1 + 4 * t)
 
 
 class Models(nn.Module):
@@ -113,17 +113,9 @@ def load_models(path, device="cpu"):
         if not all(weight.isfinite().all() for weight in checkpoint["average"].values()):
             raise ValueError("a weight is not finite")
     except Exception as error:      # of a damaged file torch's reader raises nearly anything
-        raise ValueError(f"expected a checkpoint of train.py in {path}, but it is missing, damaged "
-                         "or foreign: give another, or make one by `python train.py --stage all` "
-                         f"({error!r:.160})") from None
+        raise ValueError(f"expected a checkpoint of train.py in {path}: give another, or make one "
+                         f"by `python train.py --stage all` ({error!r:.160})") from None
     return models.eval().requires_grad_(False).to(device)
-
-
-def single_views(batch):
-    """(B,V,...) -> (B V,1,...): every view of a collated sample dict is a sample of its own."""
-    views = batch["scale"].shape[1]
-    single = {key: fold(value)[:, None] for key, value in batch.items() if key != "prompt"}
-    return single | {"prompt": [prompt for prompt in batch["prompt"] for _ in range(views)]}
 
 
 def usual_scale(models, extrinsics):
@@ -138,8 +130,7 @@ def conditions(models, cameras, given, size):
     centres (B,V,3) in metres; known (B,V,1,n,1,1): latent frame 0 of the views given (B,V); and
     the usual scale (B,V,2)."""
     rays = plucker_rays(*map(fold, cameras), size).unflatten(0, given.shape)
-    anchors = track_grid(size, models.config["stride"]).to(rays)
-    anchors /= rays.new_tensor(size).flip(0)
+    anchors = track_grid(size, models.config["stride"]).to(rays) / rays.new_tensor(size).flip(0)
     n, _, _ = models.vae.latent_size(models.config["frames"], *size)
     known = nn.functional.pad(given[..., None], (0, n - 1))
     known = rearrange(known, "b v n -> b v 1 n 1 1")
@@ -159,9 +150,8 @@ def draw_guidance(models, tracks, valid, scale, cameras, references, given):
     """Guidance (B,V,2,C,n,h,w) of the MJD: [1] z~ = E(ProjNorm(M~)), for the motion tokens. Beyond
     the paper: [0] the references (B,V,3,H,W) carried along the tracks, for the video tokens; the
     tracks (B,V,N,K,3) of *all* views that are ever valid are drawn in each."""
-    stride = models.config["stride"]
     scenes = zip(tracks, valid, zip(*cameras), scale, references, given)
-    drawn = [draw_in_all_views(*scene, stride) for scene in scenes]
+    drawn = [draw_in_all_views(*scene, models.config["stride"]) for scene in scenes]
     pseudo, carried = map(torch.stack, zip(*drawn))
     motion = models.vae.encode(2 * pseudo - 1, "motion")
     return torch.stack([models.vae.encode(carried, "video"), motion], 2)
@@ -215,7 +205,7 @@ def joint_losses(models, batch, given, loop=True, aligned=True):
         some = torch.multinomial(there.flatten(1) + 1e-9, 256, replacement=True)
         some = repeat(some, "b p -> two (b n) p c", two=2, n=M.shape[2], c=3)
         both = rearrange([M_bar, M], "two b v n k c -> two (b n) (v k) c").gather(2, some)
-        losses["chamfer"] = chamfer_distance(both[0], both[1])
+        losses["chamfer"] = chamfer_distance(*both)
     return losses                                                         # line 7: L is their sum
 
 
@@ -245,7 +235,6 @@ def sample(models, I, given, P, cameras, steps=4, seed=0, loop=True, aligned=Tru
     rays, anchors, eyes, known, usual = conditions(models, cameras, given, size)
     points = frames, len(anchors), 3
     generator = torch.Generator(I.device).manual_seed(seed)
-
     def noise(shape):
         return temperature * torch.randn(*given.shape, *shape, generator=generator, device=I.device)
     z_Vt, z_Mpvt, M_t, guidance = noise(latent), noise(latent), noise(points), None
@@ -289,13 +278,6 @@ def user_path(text):
     return Path(text).expanduser()
 
 
-def pick_device(name):
-    """The torch.device for --device auto | cpu | cuda."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: expected a CUDA GPU, torch sees none: use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def use_bf16(device):
     """Whether the machine has units for bf16: GPUs since Ampere, CPUs with AMX or AVX512-bf16."""
     if device.type == "cuda":
@@ -325,7 +307,7 @@ def lesson():
     decode, video, prompt = models.vae.decode, scene["video"], scene["prompt"]
     given = torch.tensor([[False, True, False]])
     cameras = scene["intrinsics"], scene["extrinsics"]
-    print(prompt[0], "from the middle view's picture alone; shown: the left view")
+    print(prompt[0], "of the middle view's picture (shown: the left view); moving pixels, tracks:")
     figure = Figure(figsize=(16, 15), layout="constrained")
     for axis, loop in zip(figure.subplots(1, 2), (True, False)):
         rows = ["reference (middle)", "truth", "true motion video"]
@@ -334,9 +316,8 @@ def lesson():
             rows += ["clean estimate", "its motion video"]
             clips += [decode(state.z_V), decode(state.z_Mpv, "motion")]
             seen = scene["visible"] & state.valid.any(2, keepdim=True)
-            error = (state.tracks - scene["tracks"]).norm(dim=-1)[seen].mean()
-            print(f"loop={loop}: moving pixels {moving_psnr(clips[-2], video):.2f} dB, tracks "
-                  f"{100 * error:.2f} cm")
+            error = 100 * (state.tracks - scene["tracks"]).norm(dim=-1)[seen].mean()
+            print(f"loop={loop}: {moving_psnr(clips[-2], video):.2f} dB, {error:.2f} cm")
             if loop:
                 known = state.valid, state.scale, cameras, video[:, :, :, 0], given
                 coarse = draw_guidance(models, state.coarse, *known)[:, :, 1]

@@ -84,7 +84,6 @@ def voxel_neighbours(keys):
 
 class SparseConv3d(nn.Module):
     """Submanifold 3x3x3 convolution: outputs only where a voxel is, empty neighbours count as 0."""
-
     def __init__(self, in_channels, out_channels):
         super().__init__()
         std = (9 * in_channels) ** -0.5   # on a surface about 9 of the 27 neighbours exist
@@ -123,7 +122,6 @@ def fourier(x, octaves):
 
 class VoxelConv(nn.Module):
     """norm(linear(conv(x))) over voxels, PTv3's position encoding; half as wide, to stay small."""
-
     def __init__(self, dim):
         super().__init__()
         self.reduce = nn.Linear(dim, dim // 2)
@@ -142,7 +140,6 @@ class VoxelConv(nn.Module):
 
 class Block(nn.Module):
     """Convolution, inter-view attention, cross-attention, MLP, each gated by the flow time."""
-
     def __init__(self, dim, heads):
         super().__init__()
         self.conv = VoxelConv(dim)
@@ -173,7 +170,6 @@ class Block(nn.Module):
 class DPA(nn.Module):
     """The aligner G_DPA of Eq. 4; patch: tokens that attend to each other. The paper does not give
     its size. train.py measures the buffer scene_centre, the middle of a typical scene."""
-
     def __init__(self, dim, depth, heads, patch):
         super().__init__()
         self.patch = patch

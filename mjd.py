@@ -263,8 +263,7 @@ class TextEncoder(nn.Module):
         for row, prompt in zip(codes, prompts):
             words = re.findall(r"\w+", prompt.lower()) + ["<end>"]
             if len(words) > len(places):
-                raise ValueError(f"expected a prompt of at most {len(places) - 1} words, got "
-                                 f"{len(words) - 1}: shorten it to '<tool, action, target>'")
+                raise ValueError(f"prompt: expected at most {len(places) - 1} words, got {prompt}")
             hashes = [zlib.crc32(word.encode()) for word in words]
             row[:len(words)] = torch.tensor(hashes) % 2048
         codes = codes.to(places.device)

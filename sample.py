@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 
-from cycle import (SHIPPED, load_models, moving_psnr, pick_device, read_tracks, run_program,
-                   sample, use_bf16, user_path)
+from cycle import (DEVICES, SHIPPED, load_models, moving_psnr, read_tracks, run_program, sample,
+                   use_bf16, user_path)
 from data import (FOREGROUND_THRESHOLD, TRIPLETS, camera_centres, draw_in_all_views, film_strip,
                   open_dataset, project, track_grid)
 from mjd import Attention
@@ -50,7 +50,7 @@ def parse(arguments=None):
     add("--out", type=user_path, default="out/sample", help="folder to write into")
     add("--steps", type=int, default=4, help="denoising steps")
     add("--seed", type=int, default=0, help="of the noise")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    add("--device", choices=DEVICES, default=DEVICES[0], help="where to compute")
     add("--text-scale", type=float, default=1.0, help="guidance on the text, 1 = off")
     add("--eta", type=float, default=0.0, help="share of fresh noise: 0 = none, 1 = DDPM")
     add("--temperature", type=float, default=0.1, help="of the noise: 0 = none, 1 = as trained")
@@ -58,7 +58,7 @@ def parse(arguments=None):
     add("--no-dpa", action="store_true", help="no aligner, hence no loop: the coarse tracks")
     add("--split", default="val", help="scenes of --eval: val or unseen")
     add("--scenes", type=int, default=48, help="how many scenes of --eval")
-    add("--data", default="synthetic", help="scenes of --eval, named as for train.py")
+    add("--data", help="scenes of --eval, named as for train.py; else what was trained on")
     add("--data-root", type=user_path, default=".", help="folder of the TACO data set")
     add("--mano-dir", type=user_path, default=".", help="folder of MANO_LEFT.pkl, MANO_RIGHT.pkl")
     add("--json", type=user_path, help="file in which --eval keeps its tables")
@@ -148,9 +148,8 @@ def answer(models, settings):
     scene["intrinsics"], scene["extrinsics"] = cameras
     options = {"loop": not settings.no_cycle, "aligned": not settings.no_dpa}
     result = scene | generate(models, scene, count == 1, **options | settings.options)
-    tracks, valid = result["tracks"], result["valid"]
-    known = result["scale"], references, result["given"], models.config["stride"]
-    _, carried = draw_in_all_views(tracks, valid, cameras, *known)
+    _, carried = draw_in_all_views(result["tracks"], result["valid"], cameras, result["scale"],
+                                   references, result["given"], models.config["stride"])
     kinds = torch.stack([result["video"], result["motion"], carried])
     result["sheet"] = rearrange(kinds, "k v c n h w -> c n (v h) (k w)")
     result["anchors"] = track_grid(size, models.config["stride"])
@@ -314,9 +313,7 @@ def summary(rows, less=None):
 
 def evaluate(models, settings):
     """--eval: all scores of a split, printed, and kept in the JSON file beside other splits'."""
-    split, source = settings.split, models.config["data"]
-    if settings.data != source:
-        raise ValueError(f"--data: expected {source}, as in training, got {settings.data}")
+    split, source = settings.split, settings.data or models.config["data"]
     kept = {}
     if settings.json:                                             # before the work, not after it
         settings.json.parent.mkdir(parents=True, exist_ok=True)
@@ -344,8 +341,8 @@ def evaluate(models, settings):
     report |= {name: summary(found[name]) for name in ("baseline", "ceiling")}
     report["action_accuracy"] = summary(trials) | {"trials": len(trials)}
     report["loop_gain"] = {}
-    for name in (FULL, ONE + FULL):
-        report["loop_gain"][name] = summary(found[name], found[name.replace(FULL, OPEN)])
+    for start in ("", ONE):
+        report["loop_gain"][start + FULL] = summary(found[start + FULL], found[start + OPEN])
     print(json.dumps(report, indent=1))
     if settings.json:
         settings.json.write_text(json.dumps(kept | {split: report}, indent=1))
@@ -353,7 +350,7 @@ def evaluate(models, settings):
 
 def run(settings):
     """Does what the command line asks for."""
-    models = load_models(settings.weights, pick_device(settings.device))
+    models = load_models(settings.weights, settings.device)
     Attention.fused = models.device.type == "cuda"
     if settings.print_cameras:
         print(json.dumps(models.config["rig"], indent=1))

@@ -27,8 +27,8 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from cycle import (SHIPPED, Models, fold, joint_losses, load_models, moving_psnr, pick_device,
-                   run_program, sample, single_views, use_bf16, user_path, usual_scale)
+from cycle import (DEVICES, SHIPPED, Models, fold, joint_losses, load_models, moving_psnr,
+                   run_program, sample, use_bf16, user_path, usual_scale)
 from data import FOREGROUND_THRESHOLD, camera_rig, film_strip, open_dataset
 from mjd import Attention
 
@@ -83,7 +83,7 @@ def parse(arguments=None):
     add("--rate", type=float, help="peak learning rate")
     add("--out", type=user_path, help="run folder, default runs/PRESET")
     add("--resume", action="store_true", help="go on from checkpoint.pt of the run folder")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to train")
+    add("--device", default=DEVICES[0], choices=DEVICES, help="where to train")
     add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="autocast dtype")
     add("--seed", type=int, default=0, help="of weights, data and noise")
     add("--scenes", type=int, help="distinct scenes of the synthetic world")
@@ -101,6 +101,8 @@ def parse(arguments=None):
             parser.error(f"--{name}: expected a number above 0, got {value}")
     if [side % 16 for side in settings.size] != [0, 0] or min(settings.size) < 16:
         parser.error("--size: expected HxW, both multiples of 16")
+    if WORLD > 1 and torch.__version__ < "2.8":
+        parser.error(f"torchrun: expected torch 2.8 or newer, got {torch.__version__}")
     if not 0 <= settings.seed < 1_000_000:
         parser.error("--seed: expected 0 to 999,999")
     if settings.data == "synthetic" and settings.scenes and not settings.cache:
@@ -142,8 +144,7 @@ def vae_losses(vae, batch):
     latents = mean + (log_variance / 2).exp() * torch.randn_like(mean)        # (B V 2,C,n,h,w)
     error = vae.reconstruct(latents).float().view_as(videos) - videos
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    l1, l2 = (weight * error.abs()).mean(), (weight * error.square()).mean()
-    return {"l1": l1, "l2": 4 * l2, "kl": 1e-5 * kl}
+    return {"pixels": (weight * (error.abs() + 4 * error.square())).mean(), "kl": 1e-5 * kl}
 
 
 def stage_losses(stage, models, batch):
@@ -151,14 +152,15 @@ def stage_losses(stage, models, batch):
     if stage == "vae":
         return vae_losses(models.vae, batch)
     alone, loop = of_first(torch.rand(2))
+    prompts, views = batch.pop("prompt"), batch["scale"].shape[1]
     if alone < SINGLE_VIEW_SHARE:         # the paper: in the MJD's warm-up always, then never
-        batch = single_views(batch)
+        batch = {key: fold(x)[:, None] for key, x in batch.items()}           # (B V,1,...)
+        prompts = [prompt for prompt in prompts for _ in range(views)]
     # Of each sample 1..V references are shown, each number as often: so one is enough to sample.
     shape = batch["scale"].shape[:2]
-    rank = torch.rand(shape).argsort(1).argsort(1)
-    given = rank < torch.randint(1, 1 + shape[1], (shape[0], 1))
+    given = torch.rand(shape).argsort(1) < torch.randint(1, 1 + shape[1], (shape[0], 1))
     heard = torch.rand(shape[0]) > TEXT_DROPOUT
-    batch["prompt"] = [prompt if hears else "" for prompt, hears in zip(batch["prompt"], heard)]
+    batch["prompt"] = [prompt if hears else "" for prompt, hears in zip(prompts, heard)]
     loop = stage == "joint" and loop < LOOP_SHARE
     return joint_losses(models, batch, given.to(models.device), loop, aligned=stage != "base")
 
@@ -172,6 +174,7 @@ def of_first(numbers):
 
 def load(settings):
     """Models from the run folder, else the shipped weights, else new, and which they are."""
+    settings.out.mkdir(parents=True, exist_ok=True)
     checkpoint, source = settings.out / "checkpoint.pt", SHIPPED / f"{settings.preset}.pt"
     if settings.stage == "all" and checkpoint.exists() and not settings.resume:
         raise ValueError(f"--stage all: found {checkpoint}: give --resume, or another --out")
@@ -193,7 +196,7 @@ def measure(models, dataset, settings):
     """Sets statistics of data that is new to the networks, and the cameras to sample with."""
     config, views = models.config, settings.views
     batch = next(batches(dataset, 16, 0, models.device))             # the same in all processes
-    if settings.stages[0] == "vae" and not config["trained"]:
+    if not config["trained"]:
         models.vae.init_from(torch.cat([fold(batch[key][:4]) for key in ("video", "pseudo")]))
     if config.get("data") != settings.data:
         models.dpa.scene_centre.copy_(batch["tracks"][batch["visible"]].nanmean(0))
@@ -254,7 +257,13 @@ def train_stage(stage, settings, models, averaged, dataset, saved):
     for batch in data:
         progress = (spent / 60 if settings.minutes else step) / settings.lengths[stage]
         progress, stopped = of_first(torch.tensor([progress, settings.stop.is_set()]))
-        if progress >= 1 or stopped:
+        ended = progress >= 1 or stopped
+        if ended and stage == "vae":
+            measure_latents(averaged.vae, next(batches(dataset, 4, 0, device)))
+        if ended or step and step % SAVE_EVERY == 0:
+            save(settings, models, averaged, optimiser, stage, step, spent)
+            validate(settings, averaged, stage, step)
+        if ended:
             break
         # The rate: a linear warm-up, a cosine down to a twentieth, half for two trained networks
         share = (0.525 + 0.475 * math.cos(math.pi * progress)) * min(1.0, progress / 0.02 + 0.005)
@@ -280,13 +289,6 @@ def train_stage(stage, settings, models, averaged, dataset, saved):
         spent = time.perf_counter() - begun
         if step % LOG_EVERY == 0:
             report(f"{stage} {step}", record | dict(seconds=spent, done=progress))
-        if step % SAVE_EVERY == 0:
-            save(settings, models, averaged, optimiser, stage, step, spent)
-            validate(settings, averaged, stage, step)
-    if stage == "vae":
-        measure_latents(averaged.vae, next(batches(dataset, 4, 0, device)))
-    save(settings, models, averaged, optimiser, stage, step, spent)
-    validate(settings, averaged, stage, step)
     models.load_state_dict(averaged.state_dict())                # the averages go on
     return not stopped
 
@@ -294,9 +296,9 @@ def train_stage(stage, settings, models, averaged, dataset, saved):
 def measure_latents(vae, batch):
     """Sets the VAE's latent statistics: a mean per modality and channel, one deviation each."""
     for index, key in enumerate(("video", "pseudo")):
-        latents = vae.moments(fold(batch[key]))[0].float()
-        vae.latent_mean[index] = latents.mean((0, 2, 3, 4))
-        vae.latent_std[index] = (latents - vae.latent_mean[index, :, None, None, None]).std()
+        latents = vae.moments(batch[key])[0].float()                          # (B,V,C,n,h,w)
+        variance, vae.latent_mean[index] = torch.var_mean(latents, (0, 1, 3, 4, 5))
+        vae.latent_std[index] = variance.mean().sqrt()
 
 
 def validate(settings, models, stage, step):
@@ -316,9 +318,8 @@ def validate(settings, models, stage, step):
         else:
             given = torch.ones_like(batch["scale"][..., 0]) > 0
             cameras = batch["intrinsics"], batch["extrinsics"]
-            shown = truth[:, :, :, 0], given, batch["prompt"], cameras
-            states = sample(models, *shown, aligned=stage != "base", loop=stage == "joint")
-            state = list(states)[-1]
+            *_, state = sample(models, truth[:, :, :, 0], given, batch["prompt"], cameras,
+                               aligned=stage != "base", loop=stage == "joint")
             video = models.vae.decode(state.z_V)
             seen = batch["visible"] & state.valid.any(2, keepdim=True)
             for name, found in (("still_cm", tracks[:, :, :1]), ("tracks_cm", state.tracks)):
@@ -333,16 +334,13 @@ def validate(settings, models, stage, step):
 def train(arguments=None):
     """Runs the stages of a command line."""
     settings = parse(arguments)
-    device = pick_device(settings.device)
+    device = torch.device(settings.device)
     if WORLD > 1:                                                # started by torchrun
-        if torch.__version__ < "2.8":
-            raise ValueError(f"torchrun: expected torch 2.8 or newer, got {torch.__version__}")
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         mesh = dist.device_mesh.init_device_mesh(device.type, (WORLD,))
     settings.bf16 = dict(auto=use_bf16(device), bf16=True, fp32=False)[settings.precision]
-    settings.out.mkdir(parents=True, exist_ok=True)
     # Networks, data, and what the ones take from the other
     torch.manual_seed(settings.seed)
     models, source = load(settings)
