@@ -3,7 +3,7 @@ step is
 
                   z_V,t, z_Mpv,t  (B,V,C,n,h,w)                    M_t  (B,V,N,K,3)
                         |                                           |
-    z_I, P, rays --> [ MJD ] --> z_V, z_Mpv clean estimates, s      |
+    z_I, P, rays --> [ MJD ] --> v_V, v_Mpv: clean z_V, z_Mpv; s    |
           +------------>|                  |                        |
           |                                v                        |
           |                 VAE decode, Denorm & Unproj             |
@@ -38,9 +38,8 @@ fold = nn.Flatten(0, 1)      # (B,V,...) -> (B V,...): data.py's functions take 
 
 
 class DDIMScheduler:
-    """DDIM and rectified flow as one (Sec. 3.1): a path z_t = alpha z_0 + sigma z_1. t is (B,) in
-    [0,1], z and d z_t / d t are (B,...). path: "flow" (alpha = 1-t, sigma = t) or
-    "cosine" (variance preserving)."""
+    """Rectified flow and DDIM as one: z_t = alpha z_0 + sigma z_1, (B,...), t (B,) in [0,1]. path:
+    "flow", the paper's (Sec. 3.1; alpha = 1-t, sigma = t), or "cosine" (variance preserving)."""
     def __init__(self, path="flow"):
         if path not in ("flow", "cosine"):
             raise ValueError(f'path: expected "flow" or "cosine", got {path!r}')
@@ -127,20 +126,21 @@ def usual_scale(models, extrinsics):
 
 def conditions(models, cameras, given, size):
     """What the networks are told: rays (B,V,6,H,W), anchors (K,2) in [0,1] of the picture, camera
-    centres (B,V,3) in metres; known (B,V,1,n,1,1): latent frame 0 of the views given (B,V); and
-    the usual scale (B,V,2)."""
+    centres (B,V,3) in metres; fixed (B,V,1,n,1,1): latent frame 0 of the views given (B,V), which
+    stays z_I; and the usual scale (B,V,2)."""
     rays = plucker_rays(*map(fold, cameras), size).unflatten(0, given.shape)
-    anchors = track_grid(size, models.config["stride"]).to(rays) / rays.new_tensor(size).flip(0)
+    anchors = track_grid(size, models.config["stride"]).to(rays)
+    anchors /= rays.new_tensor(size).flip(0)
     n, _, _ = models.vae.latent_size(models.config["frames"], *size)
-    known = nn.functional.pad(given[..., None], (0, n - 1))
-    known = rearrange(known, "b v n -> b v 1 n 1 1")
-    return rays, anchors, camera_centres(cameras[1]), known, usual_scale(models, cameras[1])
+    fixed = nn.functional.pad(given[..., None], (0, n - 1))
+    fixed = rearrange(fixed, "b v n -> b v 1 n 1 1")
+    return rays, anchors, camera_centres(cameras[1]), fixed, usual_scale(models, cameras[1])
 
 
 @torch.no_grad()
 def read_tracks(models, motion, scale, cameras):
     """Denorm & Dec: clean motion latents (B,V,C,n,h,w) and scale (B,V,2) -> coarse tracks
-    (B,V,N,K,3) in metres and valid (B,V,N,K)."""
+    (B,V,N,K,3) in metres and valid (B,V,N,K). No gradient: L_DPA does not train the MJD."""
     pseudo = (models.vae.decode(motion, "motion") + 1) / 2                    # (B,V,3,N,H,W)
     found = pseudo_video_to_tracks(*map(fold, (pseudo, scale, *cameras)), models.config["stride"])
     return [x.unflatten(0, scale.shape[:2]) for x in found]
@@ -160,19 +160,19 @@ def draw_guidance(models, tracks, valid, scale, cameras, references, given):
 def joint_losses(models, batch, given, loop=True, aligned=True):
     """Alg. 1, one training step, from a collated sample dict (B,V,...) and given (B,V), views whose
     reference is shown: a dict of loss parts whose sum is L = L_MJD + L_DPA. loop=False leaves out
-    line 3, aligned=False lines 5 and 6: the warm-ups of Sec. 4.2."""
+    line 3, aligned=False (the MJD's warm-up, Sec. 4.2) also lines 5 and 6."""
     vae, mjd, dpa, scheduler = models.vae, models.mjd, models.dpa, models.scheduler
     cameras, P = (batch["intrinsics"], batch["extrinsics"]), batch["prompt"]
     # line 1: s and M_pv, a dense ProjNorm(M), come with the sample; encode (z_V starts with z_I)
     I, s, M = batch["video"][:, :, :, 0], batch["scale"], dpa.normalise(batch["tracks"])
     z_V = vae.encode(batch["video"], "video").detach()
     z_Mpv = vae.encode(batch["pseudo"], "motion").detach()
-    rays, anchors, eyes, known, usual = conditions(models, cameras, given, I.shape[-2:])
+    rays, anchors, eyes, fixed, usual = conditions(models, cameras, given, I.shape[-2:])
     # line 2: diffuse all three with one t; the paper's is t ~ U(0,1), ours is shifted
     t = scheduler.shifted(torch.rand(len(M), device=M.device))
     coefficients = scheduler.coefficients(t)
     noise_V, noise_Mpv, noise_M = [torch.randn_like(x) for x in (z_V, z_Mpv, M)]
-    z_Vt = torch.where(known, z_V, scheduler.add_noise(z_V, noise_V, t))
+    z_Vt = torch.where(fixed, z_V, scheduler.add_noise(z_V, noise_V, t))
     z_Mpvt = scheduler.add_noise(z_Mpv, noise_Mpv, t)
     M_t = scheduler.add_noise(M, noise_M, t)
     # line 3: M~ = G_DPA(M_t, coarse, t), drawn as z~; the unguided pass and its s_hat are ours
@@ -180,7 +180,7 @@ def joint_losses(models, batch, given, loop=True, aligned=True):
     if loop:
         with torch.no_grad():
             _, v_Mpv, s_hat = mjd(z_Vt, z_Mpvt, t, coefficients, P, rays, usual, given)
-            clean, _ = scheduler.predict(v_Mpv, z_Mpvt, t)     # z_Mpvt itself reads 6-23 cm off
+            clean, _ = scheduler.predict(v_Mpv, z_Mpvt, t)     # z_Mpvt itself reads 5-12 cm off
             coarse, valid = read_tracks(models, clean, s_hat, cameras)
             v_M = dpa(M_t, coarse, valid, t, coefficients, anchors, eyes)
             M_tilde = dpa.denormalise(scheduler.predict(v_M, M_t, t)[0])
@@ -188,7 +188,7 @@ def joint_losses(models, batch, given, loop=True, aligned=True):
         torch.clear_autocast_cache()     # else torch < 2.10 reuses weights cast without gradient
     # line 4: (v_V, v_Mpv, s) = G_MJD(z_V,t, z_Mpv,t + z~, z_I, P, t); "+": a learned projection
     v_V, v_Mpv, s_hat = mjd(z_Vt, z_Mpvt, t, coefficients, P, rays, usual, given, guidance)
-    error_V = torch.where(known, 0.0, v_V - scheduler.velocity(z_V, noise_V, t))
+    error_V = torch.where(fixed, 0.0, v_V - scheduler.velocity(z_V, noise_V, t))
     error_Mpv = v_Mpv - scheduler.velocity(z_Mpv, noise_Mpv, t)
     losses = {"video": error_V.square().mean(), "motion": error_Mpv.square().mean()}       # Eq. 3
     losses["scale"] = 10 * (s_hat - s).square().mean()      # the paper gives no weights; ours
@@ -196,16 +196,16 @@ def joint_losses(models, batch, given, loop=True, aligned=True):
         # line 5: step to the clean motion estimate, decode, denormalise: the coarse tracks
         clean, _ = scheduler.predict(v_Mpv, z_Mpvt, t)
         coarse, valid = read_tracks(models, clean, s_hat, cameras)
-        # line 6: M_bar = G_DPA(M_t, coarse, t); Eq. 4, its Chamfer part on 256 points a time step
+        # line 6: M_bar = G_DPA(M_t, coarse, t); Eq. 4, its Chamfer part on 256 tracks of both
         v_M = dpa(M_t, coarse, valid, t, coefficients, anchors, eyes)
-        M_bar, _ = scheduler.predict(v_M, M_t, t)
         error_M = (v_M - scheduler.velocity(M, noise_M, t)).square().mean((2, 4))
-        there = valid.any(2) & batch["visible"].any(2)                        # (B, V, K)
-        losses["points"] = (error_M * there).sum() / there.sum().clamp_min(1)
-        some = torch.multinomial(there.flatten(1) + 1e-9, 256, replacement=True)
-        some = repeat(some, "b p -> two (b n) p c", two=2, n=M.shape[2], c=3)
-        both = rearrange([M_bar, M], "two b v n k c -> two (b n) (v k) c").gather(2, some)
-        losses["chamfer"] = chamfer_distance(*both)
+        scored = valid.any(2) & batch["visible"].any(2)                       # (B, V, K)
+        losses["points"] = (error_M * scored).sum() / scored.sum().clamp_min(1)
+        M_bar = torch.where(scored[:, :, None, :, None], scheduler.predict(v_M, M_t, t)[0], M)
+        picked = torch.multinomial(scored.flatten(1) + 1e-9, 256, replacement=True)
+        picked = repeat(picked, "b p -> two (b n) p c", two=2, n=M.shape[2], c=3)
+        pair = rearrange([M_bar, M], "two b v n k c -> two (b n) (v k) c").gather(2, picked)
+        losses["chamfer"] = chamfer_distance(*pair)
     return losses                                                         # line 7: L is their sum
 
 
@@ -232,7 +232,7 @@ def sample(models, I, given, P, cameras, steps=4, seed=0, loop=True, aligned=Tru
     size, frames = I.shape[-2:], models.config["frames"]
     latent = vae.channels, *vae.latent_size(frames, *size)
     z_I = vae.encode(I[:, :, :, None], "video")
-    rays, anchors, eyes, known, usual = conditions(models, cameras, given, size)
+    rays, anchors, eyes, fixed, usual = conditions(models, cameras, given, size)
     points = frames, len(anchors), 3
     generator = torch.Generator(I.device).manual_seed(seed)
     def noise(shape):
@@ -243,12 +243,12 @@ def sample(models, I, given, P, cameras, steps=4, seed=0, loop=True, aligned=Tru
         # line 4: the MJD, guided by the step before
         t = t.expand(len(I))
         coefficients = scheduler.coefficients(t)
-        z_Vt = torch.where(known, z_I, z_Vt)
+        z_Vt = torch.where(fixed, z_I, z_Vt)
         v_V, v_Mpv, s = mjd(z_Vt, z_Mpvt, t, coefficients, P, rays, usual, given, guidance)
         if text_scale != 1:
             plain = mjd(z_Vt, z_Mpvt, t, coefficients, [""] * len(P), rays, usual, given, guidance)
             v_V, v_Mpv, s = [a + text_scale * (b - a) for a, b in zip(plain, (v_V, v_Mpv, s))]
-        z_V = torch.where(known, z_I, scheduler.predict(v_V, z_Vt, t)[0])
+        z_V = torch.where(fixed, z_I, scheduler.predict(v_V, z_Vt, t)[0])
         z_Mpv, _ = scheduler.predict(v_Mpv, z_Mpvt, t)
         z_Vt = scheduler.step(v_V, z_Vt, t, t_next, eta, noise(latent))
         z_Mpvt = scheduler.step(v_Mpv, z_Mpvt, t, t_next, eta, noise(latent))
@@ -319,8 +319,8 @@ def lesson():
             error = 100 * (state.tracks - scene["tracks"]).norm(dim=-1)[seen].mean()
             print(f"loop={loop}: {moving_psnr(clips[-2], video):.2f} dB, {error:.2f} cm")
             if loop:
-                known = state.valid, state.scale, cameras, video[:, :, :, 0], given
-                coarse = draw_guidance(models, state.coarse, *known)[:, :, 1]
+                rest = state.valid, state.scale, cameras, video[:, :, :, 0], given
+                coarse = draw_guidance(models, state.coarse, *rest)[:, :, 1]
                 carried, aligned = state.guidance.unbind(2)
                 rows += ["coarse tracks", "aligned tracks", "reference along"]
                 clips += [decode(coarse, "motion"), decode(aligned, "motion"), decode(carried)]

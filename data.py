@@ -201,12 +201,14 @@ def draw_in_all_views(tracks, valid, camera, scale, references, given, stride):
     size = references.shape[-2:]
     radius = TOUCHING * stride
     shown = valid.any(1)                                                      # (V, K)
-    shown[0, 0] |= ~shown.any()                            # the drawing needs one
-    view, cell = shown.nonzero(as_tuple=True)                                 # (P,)
+    slots = shown.clone()
+    slots[0, 0] = True                                     # there must be one to draw with
+    view, cell = slots.nonzero(as_tuple=True)                                 # (P,)
+    shown = shown[view, cell]
     tracks = tracks[view, :, cell].transpose(0, 1)[None]                      # (1, N, P, 3)
-    pseudo, _ = tracks_to_pseudo_video(tracks, None, *camera, size, scale, None, radius)
+    pseudo, _ = tracks_to_pseudo_video(tracks, shown, *camera, size, scale, None, radius)
     uv, depth = project(tracks, *camera)                                      # (V, N, P, 2)
-    winner, hit = splat(uv, depth, given[view], size, radius)
+    winner, hit = splat(uv, depth, shown & given[view], size, radius)
     offset = track_grid(size, stride).to(uv)[cell] - uv
     offset = offset.take_along_dim(winner.flatten(2)[..., None], 2)
     place = pixel_centres(size, uv.device) + offset.unflatten(2, size)

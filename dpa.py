@@ -11,7 +11,7 @@ tracks and noisy points M_t = alpha M + sigma eps, and estimates the velocity of
            3. cross-attention        of a track to its coarse 4D points, all its frames
            4. MLP
 
-B batch, V views, N frames, K tracks a view, T = R N tokens, M occupied voxels, D width; a group is
+B batch, V views, N frames, K tracks a view, T = R N tokens, X occupied voxels, D width; a group is
 one time step of one scene. Points are metres in the world outside and `DPA.normalise`d, about
 [-2, 2], inside the network. `python dpa.py` aligns toy tracks of three views (out/dpa.png).
 """
@@ -27,7 +27,7 @@ from mjd import (Attention, mlp, modulate, posterior_velocity, rms_norm, timeste
 
 VOXEL, SCENE_RADIUS = 0.02, 0.1     # metres
 KNOWN = 1 + 3 + 3 + 16 + 12         # of a track in a frame: valid, point, ray, anchor, frame
-GRID_BITS = 17    # 2^17 cells an axis: 82 m of a curve's; 3 x 17 leave 12 bits for the group
+GRID_BITS = 17    # 2^17 cells an axis: a curve's are 82 m; 3 x 17 leave 12 bits for the group
 
 
 # ---------------------------------------------------------------- serialization, sparsification
@@ -50,9 +50,9 @@ def morton_code(ijk, bits):
 
 
 def serialize(points, group, patch, shift=0):
-    """Serialization (Sec. 3.4): points (T, 3) of groups (T,), each group cut into patches along its
-    curve, the first of which begins `shift` early -> the points of (patches, patch), -1 for none
-    (PTv3 puts copies there), and the place of each point (T,)."""
+    """Serialization (Sec. 3.4): points (T, 3) of groups (T,), each group sorted along its curve and
+    cut into patches, the first `shift` places empty -> indices of points (patches, patch), -1 where
+    empty (PTv3 puts copies there), and where in it, flat, each point is (T,)."""
     code = morton_code(grid_cells(points, VOXEL / 32), GRID_BITS)             # ties are rare
     order = (code + (group << 3 * GRID_BITS)).argsort(stable=True)
     curve = []
@@ -64,8 +64,8 @@ def serialize(points, group, patch, shift=0):
 
 
 def voxelize(points, size, group=0):
-    """Sparsification (Sec. 3.4): points (..., 3) of groups (...) -> sorted keys (M,) of voxels, the
-    voxel of each point, and their sizes (M,). The paper drops points too, ours are few."""
+    """Sparsification (Sec. 3.4): points (..., 3) of groups (...) -> sorted keys (X,) of voxels, the
+    voxel of each point, and their sizes (X,). The paper drops points too, ours are few."""
     keys = group
     for cell in grid_cells(points, size).unbind(-1):
         keys = (keys << GRID_BITS) + cell                                     # group, x, y, z
@@ -73,7 +73,7 @@ def voxelize(points, size, group=0):
 
 
 def voxel_neighbours(keys):
-    """Rows of the 3x3x3 voxels around each: sorted keys (M,) -> (M, 27), M where there is none."""
+    """Rows of the 3x3x3 voxels around each: sorted keys (X,) -> (X, 27), X where there is none."""
     step = torch.arange(-1, 2, device=keys.device)
     offsets = torch.cartesian_prod(step << 2 * GRID_BITS, step << GRID_BITS, step)
     offsets = offsets.sum(-1)                                                 # (27,)
@@ -91,10 +91,10 @@ class SparseConv3d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, features, neighbours):
-        """features (M, C), neighbours (M, 27) of `voxel_neighbours` -> (M, C_out)."""
-        absent = len(features)                                                # M
+        """features (X, C), neighbours (X, 27) of `voxel_neighbours` -> (X, C_out)."""
+        absent = len(features)                                                # X
         rows = F.pad(features, (0, 0, 0, 1))                                  # its row is 0
-        found = F.embedding(neighbours, rows, padding_idx=absent)             # (M, 27, C)
+        found = F.embedding(neighbours, rows, padding_idx=absent)             # (X, 27, C)
         return found.flatten(1) @ self.weight.flatten(0, 1) + self.bias
 
 
@@ -102,15 +102,15 @@ class SparseConv3d(nn.Module):
 
 def fill_invalid(coarse, valid):
     """Replaces invalid points by the track's nearest valid frame, or by 0 where it has none: coarse
-    (...,N,3) normalised, valid (...,N) -> filled, and the truth's deviation from it (...,N,1)."""
+    (...,N,3) normalised, valid (...,N) -> filled, and how far off it may be, a std (...,N,1)."""
     frame = torch.arange(valid.shape[-1], device=valid.device)
     gap = (frame[:, None] - frame - 0.25).abs()                               # ties: the earlier
     gap = gap.masked_fill(~valid[..., None, :], torch.inf)                    # (..., N, N)
     nearest = gap.argmin(-1, keepdim=True)
     seen = valid.any(-1, keepdim=True)[..., None]                             # (..., 1, 1)
     filled = torch.where(seen, coarse.take_along_dim(nearest, -2), 0.0)
-    std = torch.where(seen, 0.7, 1.5)                         # 7 cm where filled, 15 for a 0
-    return filled, torch.where(valid[..., None], 0.35, std)   # 3.5 cm of what was read
+    absent = torch.where(seen, 0.7, 1.5)                         # 7 cm where filled, 15 for a 0
+    return filled, torch.where(valid[..., None], 0.35, absent)   # 3.5 cm of what was read
 
 
 def fourier(x, octaves):
@@ -129,11 +129,11 @@ class VoxelConv(nn.Module):
         self.expand = nn.Linear(dim // 2, dim)
 
     def forward(self, x, voxel, count, neighbours):
-        """x (R,N,D), voxel (T,), count (M,), neighbours (M,27) -> as x, equal within a voxel."""
+        """x (R,N,D), voxel (T,), count (X,), neighbours (X,27) -> as x, equal within a voxel."""
         tokens = self.reduce(x).flatten(0, 1).float()                         # (T, D/2)
         total = tokens.new_zeros(len(count), tokens.shape[1])
         total = total.index_add(0, voxel, tokens)
-        mean = total / count[:, None]                                         # (M, D/2)
+        mean = total / count[:, None]                                         # (X, D/2)
         out = self.expand(self.conv(mean.to(x.dtype), neighbours))
         return rms_norm(out).index_select(0, voxel).view_as(x)
 
@@ -149,8 +149,8 @@ class Block(nn.Module):
         self.modulation = zero_init(nn.Linear(dim, 10 * dim))
 
     def forward(self, x, time, coarse, mask, voxels, curve):
-        """x (R,N,D), time (R,1,D), coarse (R,N,D), mask (R,1,1,2N); voxels: voxel (T,), count (M,),
-        neighbours (M,27); curve: of `serialize` -> the shape of x."""
+        """x (R,N,D), time (R,1,D), coarse (R,N,D), mask (R,1,1,2N); voxels: voxel (T,), count (X,),
+        neighbours (X,27); curve: of `serialize` -> the shape of x."""
         rows = self.modulation(time)                                          # (R, 1, 10 D)
         g1, g2, shift2, scale2, g3, shift3, scale3, g4, shift4, scale4 = rows.chunk(10, -1)
         x = x + g1 * self.conv(x, *voxels)
@@ -207,7 +207,7 @@ class DPA(nn.Module):
         ray = F.normalize(coarse - eyes, dim=-1)                              # (B, V, K, N, 3)
         alpha, sigma = [value.view(-1, 1, 1, 1, 1) for value in coefficients[:2]]
         variance = (alpha * std) ** 2 + sigma ** 2
-        told = alpha * std * (noisy - alpha * coarse) / variance      # by M_t, in deviations
+        told = alpha * std * (noisy - alpha * coarse) / variance      # (E[M | M_t] - coarse) / std
         anchor = fourier(anchors, 4)[:, None]                                 # (K, 1, 16)
         step = torch.arange(valid.shape[-1], device=t.device)                 # (N,)
         frame = fourier(step[:, None] / 64, 6)                                # (N, 12)

@@ -142,7 +142,7 @@ def posterior_velocity(estimate, deviation, noisy, coefficients):
 # ------------------------------------------------------------------------------------ video VAE
 
 class ConvBlock(nn.Module):
-    """x + conv(silu(conv(silu(x)))), the second convolution starts at zero: (F, width, h, w)."""
+    """x + conv(silu(conv(silu(x)))), the second convolution starts at zero: (B,width,h,w)."""
     def __init__(self, width):
         super().__init__()
         self.first = conv(width, width)
@@ -157,23 +157,23 @@ class VideoVAE(nn.Module):
     Frame 0 is a group of its own, then every r_n frames are one, folded into channels. A linear
     projection of whole patches carries most of the picture, 2D convolutions add what it misses."""
     def __init__(self, strides, channels, widths, depth):
-        """strides: r_n, r_h = r_w, a multiple of 4; depth: ConvBlocks of each of the two widths."""
+        """strides: r_n, r_h, r_w, the last two one multiple of 4; depth: ConvBlocks a width."""
         def blocks(width):
             return [ConvBlock(width) for _ in range(depth)]
         super().__init__()
-        self.frames, self.side, _ = strides
+        self.r_n, self.side, _ = strides
         self.channels = channels
         fine, coarse = widths
-        patch = 3 * self.frames * self.side ** 2
+        patch = 3 * self.r_n * self.side ** 2
         self.linear_encode = nn.Linear(patch, channels)
         self.linear_decode = nn.Linear(channels, patch)
-        step = self.side // 4                              # from a quarter of the picture's size
-        layers = [nn.PixelUnshuffle(4), conv(96 * self.frames, fine)] + blocks(fine)
+        step = self.side // 4                              # r_h is an unshuffle's 4, then a stride
+        layers = [nn.PixelUnshuffle(4), conv(96 * self.r_n, fine)] + blocks(fine)
         layers += [nn.Conv2d(fine, coarse, step, stride=step)] + blocks(coarse)
         self.encoder = nn.Sequential(*layers, nn.SiLU(), zero_init(conv(coarse, 2 * channels)))
         layers = [conv(2 * channels, coarse)] + blocks(coarse)
         layers += [conv(coarse, fine * step ** 2), nn.PixelShuffle(step)] + blocks(fine)
-        layers += [nn.SiLU(), zero_init(conv(fine, 48 * self.frames)), nn.PixelShuffle(4)]
+        layers += [nn.SiLU(), zero_init(conv(fine, 48 * self.r_n)), nn.PixelShuffle(4)]
         self.decoder = nn.Sequential(*layers)
         # Colour and pseudo latents lie apart: a mean per modality and channel, one deviation each.
         self.register_buffer("latent_mean", torch.zeros(2, channels))
@@ -181,18 +181,18 @@ class VideoVAE(nn.Module):
 
     def latent_size(self, frames, height, width):
         """(n, h, w) of a video; ValueError names the sizes that fit."""
-        if (frames - 1) % self.frames or height % self.side or width % self.side:
-            raise ValueError(f"expected N = 1 + {self.frames}k, H and W multiples of {self.side}; "
+        if (frames - 1) % self.r_n or height % self.side or width % self.side:
+            raise ValueError(f"expected N = 1 + {self.r_n}k, H and W multiples of {self.side}; "
                              f"got N = {frames}, H x W = {height} x {width}: crop or pad the video")
-        return 1 + (frames - 1) // self.frames, height // self.side, width // self.side
+        return 1 + (frames - 1) // self.r_n, height // self.side, width // self.side
 
     def group(self, video):
         """(...,3,N,H,W) -> groups of frames (...,n,r_n*3,H,W); frame 0 fills the first alone."""
         device = video.device.type
         if torch.is_autocast_enabled(device):              # now, before it is copied about
             video = video.to(torch.get_autocast_dtype(device))
-        video = torch.cat([video[..., :1, :, :]] * (self.frames - 1) + [video], -3)
-        return rearrange(video, "... c (n r) h w -> ... n (r c) h w", r=self.frames)
+        video = torch.cat([video[..., :1, :, :]] * (self.r_n - 1) + [video], -3)
+        return rearrange(video, "... c (n r) h w -> ... n (r c) h w", r=self.r_n)
 
     def convolve(self, layers, groups):
         """layers on groups (...,n,c,h,w), each beside the one before it or zeros: causal."""
@@ -214,8 +214,8 @@ class VideoVAE(nn.Module):
         patches = self.linear_decode(pixels).movedim(-1, -3)
         groups = self.convolve(self.decoder, latents.transpose(-4, -3))
         groups = groups + F.pixel_shuffle(patches, self.side)
-        video = rearrange(groups, "... n (r c) h w -> ... c (n r) h w", r=self.frames)
-        return video[..., self.frames - 1:, :, :]          # frame 0 is the last of its group
+        video = rearrange(groups, "... n (r c) h w -> ... c (n r) h w", r=self.r_n)
+        return video[..., self.r_n - 1:, :, :]          # frame 0 is the last of its group
 
     def statistics(self, modality):
         """mean (C,1,1,1) and deviation of the latents of "video" or "motion"."""
@@ -239,7 +239,7 @@ class VideoVAE(nn.Module):
         patches = patches.flatten(0, 3).double()
         centre = patches.mean(0)
         components = torch.linalg.eigh(torch.cov(patches.mT)).eigenvectors
-        unit = len(centre) ** 0.5 / 4      # a latent is the mean over its pixels, not their sum
+        unit = len(centre) ** 0.5 / 4      # a flat patch's latent is four times its value
         basis = components[:, -self.channels:].flip(-1)
         self.linear_encode.weight.copy_(basis.mT / unit)
         self.linear_encode.bias.copy_(-basis.mT @ centre / unit)
@@ -296,12 +296,12 @@ class Block(nn.Module):
         return x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp))
 
     def between_views(self, x, places, turn):
-        """Inter-view geometry attention of x (B,V,T,D): all views at one latent time, each
-        modality by itself. Scale and register tokens have no time and no place: they get 0."""
+        """Inter-view geometry attention of x (B,V,T,D): all views at one latent time, each modality
+        by itself; `turn` tells places, not views. Scale and register tokens have neither: 0."""
         batch, views = x.shape[:2]
-        x = rearrange(x[:, :, SPECIAL:], "b v (m_n p) d -> (b m_n) (v p) d", p=places)
+        x = rearrange(x[:, :, SPECIAL:], "b v (times p) d -> (b times) (v p) d", p=places)
         x = self.inter_view(x, turn=turn[:, SPECIAL:SPECIAL + places].repeat(1, views, 1))
-        x = rearrange(x, "(b m_n) (v p) d -> b v (m_n p) d", b=batch, v=views)
+        x = rearrange(x, "(b times) (v p) d -> b v (times p) d", b=batch, v=views)
         return F.pad(x, (0, 0, SPECIAL, 0))
 
 
@@ -349,8 +349,8 @@ class MJD(nn.Module):
         """One joint estimate: velocities of both latents (B,V,C,n,h,w) and scale (B,V,2) in metres.
         video: z_V,t, with the clean z_I in latent frame 0 of the views that are given, (B,V) bool;
         motion: z_Mpv,t; t (B,), coefficients: glossary; prompts: B str; rays (B,V,6,H,W), Pluecker;
-        usual (B,V,2): the scale to expect, metres; guidance (B,V,2,C,n,h,w) or None: [:, :, 1] is
-        z~ of Alg. 1 line 3, for motion tokens."""
+        usual (B,V,2): the scale to expect, metres; guidance (B,V,2,C,n,h,w) or None: for the video
+        tokens the carried references, for the motion tokens z~ of Alg. 1 line 3."""
         frames, height, width = video.shape[3:]
         noisy = torch.stack([video, motion], 2)                               # (B,V,2,C,n,h,w)
         reference = video[:, :, :, :1] * given[..., None, None, None, None]   # (B,V,C,1,h,w)
@@ -368,8 +368,8 @@ class MJD(nn.Module):
             x = x + self.embed_guidance(patchify(guidance))                   # (B, V, 2, n p, D)
         special = self.special.to(rays) + rays.mean(2, keepdim=True)          # (B, V, 8, D)
         x = torch.cat([special, x.flatten(2, 3)], 2)                          # (B, V, T, D)
-        # A row of modulation for each kind of token: 0 first video frame (at t = 0 if its reference
-        # is given), 1 later video; by motion's own weights: 2 motion, 3 scale and register.
+        # Kinds of token, each with a row of modulation: 0 video's first frame (t = 0 if given), 1
+        # video's others; with the motion's own weights: 2 motion, 3 scale and register.
         time = t[:, None, None] * ~F.pad(given[..., None], (0, 3))            # (B, V, 4)
         features = self.time(timestep_embedding(time, 256))                   # (B, V, 4, D)
         rows = self.time_rows(features.unflatten(2, (2, 2))).flatten(2, 3)    # (B, V, 4, 6D)
@@ -384,15 +384,15 @@ class MJD(nn.Module):
         shift, scale = (choice @ self.head_modulation(features)).chunk(2, -1)
         x = modulate(x, shift, scale)
         s = self.head_scale(x[:, :, :SCALE_TOKENS])[..., 0].float()           # (B, V, 2)
-        clean = self.heads_out(x[:, :, SPECIAL:].unflatten(2, (2, -1))).float()
-        clean = rearrange(clean, "b v k (n h w) (c y x) -> b v k c n (h y) (w x)", n=frames,
-                          h=height // PATCH, y=PATCH, x=PATCH)                # (B,V,2,C,n,h,w)
-        clean[:, :, 0] += reference                    # untrained, it repeats the reference frame
-        shown = torch.zeros_like(clean) if guidance is None else guidance
-        pictures = rearrange(torch.cat([clean, shown], 2), "b v k c n h w -> (b v n) (k c) h w")
+        estimate = self.heads_out(x[:, :, SPECIAL:].unflatten(2, (2, -1))).float()
+        estimate = rearrange(estimate, "b v k (n h w) (c y x) -> b v k c n (h y) (w x)", n=frames,
+                             h=height // PATCH, y=PATCH, x=PATCH)             # (B,V,2,C,n,h,w)
+        estimate[:, :, 0] += reference                 # untrained, it repeats the reference frame
+        shown = torch.zeros_like(estimate) if guidance is None else guidance
+        pictures = rearrange(torch.cat([estimate, shown], 2), "b v k c n h w -> (b v n) (k c) h w")
         seams = self.last(pictures)
         seams = rearrange(seams, "(b v n) (k c) h w -> b v k c n h w", b=len(video), k=2, n=frames)
-        velocity = posterior_velocity(clean + seams, self.deviation, noisy, coefficients)
+        velocity = posterior_velocity(estimate + seams, self.deviation, noisy, coefficients)
         return *velocity.unbind(2), usual + self.scale_unit * s
 
 

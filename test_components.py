@@ -191,7 +191,7 @@ class TestData:
         assert error[drawn].mean() < 0.5 * still[drawn].mean()
         never = scene["visible"] & False
         pseudo, _ = data.draw_in_all_views(scene["tracks"], never, cameras, *known)
-        assert pseudo.isfinite().all()
+        assert pseudo.isfinite().all() and not pseudo[:, 2].any()
 
     def test_frame_0_does_not_tell_the_action(self):
         world = data.SyntheticHOI("val", **TINY)
@@ -486,6 +486,11 @@ class TestNetworks:
         assert close(last.z_V, z_V, 1e-3)
         assert close(last.z_Mpv, z_Mpv, 1e-3)
         assert close(last.tracks, batch["tracks"], 1e-3)
+
+    def test_a_scene_without_tracks_does_not_train_the_aligner(self, models, batch):
+        nothing = batch | {"visible": batch["visible"] & False}
+        losses = cycle.joint_losses(models, nothing, torch.tensor([[True, False]]))
+        assert losses["points"] == losses["chamfer"] == 0
 
     def test_zero_rounds_equal_the_plain_sampler(self, models, batch):
         closed, opened = states(models, batch), states(models, batch, loop=False)

@@ -34,7 +34,7 @@ from mjd import Attention
 
 STAGES = {"vae": ["vae"], "base": ["mjd"], "dpa": ["dpa"], "joint": ["mjd", "dpa"]}   # trains what
 LOG_EVERY, SAVE_EVERY = 20, 200      # steps
-LOOP_SHARE, SINGLE_VIEW_SHARE, TEXT_DROPOUT = 0.65, 0.2, 0.1   # joint; all but vae; prompts
+LOOP_SHARE, SINGLE_VIEW_SHARE, TEXT_DROPOUT = 0.65, 0.2, 0.1   # of joint; of all but vae's; of all
 RANK = int(os.environ.get("RANK", 0))                # this process, of WORLD that torchrun starts
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -135,7 +135,7 @@ def batches(dataset, count, seed=0, device="cpu", step=0, workers=0):
 
 
 def vae_losses(vae, batch):
-    """Reconstruction (L1 + squared, foreground counts fourfold) of both kinds of video, and KL."""
+    """Reconstruction (L1 + 4 squares, foreground counts fourfold) of both kinds of video, KL."""
     videos = torch.stack([batch["video"], batch["pseudo"]], 2)                # (B,V,2,3,N,H,W)
     foreground = (batch["pseudo"][:, :, 2:] + 1) / 2 > FOREGROUND_THRESHOLD   # (B,V,1,N,H,W)
     weight = 1 + 3 * foreground.float()
@@ -265,7 +265,7 @@ def train_stage(stage, settings, models, averaged, dataset, saved):
             validate(settings, averaged, stage, step)
         if ended:
             break
-        # The rate: a linear warm-up, a cosine down to a twentieth, half for two trained networks
+        # The rate: a linear warm-up, a cosine to a twentieth; of a preset half for two networks
         share = (0.525 + 0.475 * math.cos(math.pi * progress)) * min(1.0, progress / 0.02 + 0.005)
         for name, group in zip(STAGES[stage], optimiser.param_groups):
             group["lr"] = share * (settings.rate or settings.rates[name] / len(STAGES[stage]))
