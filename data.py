@@ -49,7 +49,7 @@ NEAREST = 1e-3               # metres of depth: what is nearer, or behind the ca
 @torch.autocast("cuda", enabled=False)                 # bf16 would move a point by 0.16 pixels
 @torch.autocast("cpu", enabled=False)
 def transform(points, matrices):
-    """Points (...,n) under affine maps (...,n+1,n+1): one for each point, or one a view, axis 0."""
+    """Points (...,n) under affine maps: (...,n+1,n+1), one a point, or (V,n+1,n+1), one a view."""
     while matrices.ndim <= points.ndim:
         matrices = matrices.unsqueeze(1)
     turned = torch.einsum("...ij,...j->...i", matrices[..., :-1, :-1], points.float())
@@ -222,8 +222,8 @@ def draw_in_all_views(tracks, valid, camera, scale, references, given, stride):
 
 
 def count_votes(pseudo, scale, stride):
-    """Sums (V,N,K,4) of the votes for every cell: u, v, depth and weight. A foreground pixel
-    votes for the four cells nearest to the anchor that its colour names."""
+    """Sums (V,N,K,4) of the votes for every cell: u, v, depth and weight. A foreground pixel votes
+    for the four cells nearest to the anchor its colour names, less its offset from their middle."""
     views, _, frames, height, width = pseudo.shape
     across = width // stride
     down = height // stride
@@ -294,7 +294,7 @@ class Scenes(Dataset):
         path = self.cache and Path(self.cache) / f"{name} {settings}.pt"
         try:
             sample = torch.load(path, weights_only=True)
-        except Exception:                                     # none yet, or damaged: make it anew
+        except Exception:                     # no cache (None), none yet, or damaged: make it anew
             sample = make()
             sample["video"] = (127.5 * (sample["video"] + 1)).round().to(torch.uint8)
             sample["pseudo"] = (32767 * sample["pseudo"]).round().to(torch.int16)
@@ -404,7 +404,7 @@ def bone(start, end, half):
     return affine(axes, (start + end) / 2)
 
 
-def camera(eye, aim, focal, size):
+def look_at(eye, aim, focal, size):
     """Intrinsics (1,3,3) and extrinsics (1,4,4) of a camera at eye (3,) that looks at aim (3,)."""
     height, width = size
     intrinsics = eye.new_tensor([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
@@ -423,7 +423,7 @@ def camera_rig(views, size, draw=lambda low, high: (low + high) / 2):
         ahead = torch.tensor([math.sin(side), math.cos(side), -up])
         distance = draw(.66, .74)
         eye = aim - distance * F.normalize(ahead, dim=0)
-        cameras.append(camera(eye, aim, distance * zoom, size))
+        cameras.append(look_at(eye, aim, distance * zoom, size))
     return [torch.cat(matrices) for matrices in zip(*cameras)]
 
 
@@ -472,8 +472,8 @@ def motion(action, target, draw, frames):
     heading = draw(.15, .45)
     phase = torch.linspace(0, 1, frames)[:, None]
     still = 0 * phase
-    # The tip's way (m); the tool's turns up, to the left, about its handle, the target's turn: each
-    # begins at 0, so that frame 0 is the same.
+    # The tip's way (m) forward, left, up; the tool's turns (rad) pitch up, yaw left and spin about
+    # its handle; the target's turn. Each begins at 0, so that frame 0 is the same.
     forward = left = pitch = yaw = spin = turn = still
     wave = math.tau * phase
     go = wave.clamp(max=math.pi / 2).sin()                   # under way from a quarter on
@@ -548,7 +548,7 @@ def lay_out(action, tool, target, draw, frames):
 
 def cast(scene, camera, size):
     """What a camera sees on a grid of half pixels, pixel borders and centres in turn: its place
-    (3,), world points (N,2H+1,2W+1,3), their depth and piece (N,2H+1,2W+1), -1 for the table."""
+    (3,), world points (N,2H+1,2W+1,3), their depth and piece (N,2H+1,2W+1), -1: the table."""
     origin = camera_centres(camera[1])[0]
     grid = [2 * side + 1 for side in size]
     uv = pixel_centres(grid, origin.device) / 2 - .25
@@ -569,10 +569,10 @@ def cast(scene, camera, size):
     weights, limits = scene["shape"].split([3, 2], 1)
     for index, (left, top, right, bottom) in enumerate(windows.tolist()):
         window = np.s_[:, top:bottom, left:right]
-        before = depth[window]
+        before = depth[window]                               # a view: fmin writes into depth
         weight = weights[index, None]
         low, high = limits[index]
-        # |start + depth ray| = 1 is a quadratic equation; its root is NaN where the ray misses.
+        # square depth^2 + 2 half depth + rest = 0 on the quadric; NaN where the ray misses it
         start = starts[index]
         turn = scene["inverse"][index, :, :3, :3]
         ray = turn @ direction[window].flatten(1)                                   # (N, 3, R)
@@ -593,8 +593,8 @@ def cast(scene, camera, size):
 
 def paint(scene, origin, points, piece):
     """The video (3,N,H,W) in [-1,1] of what `cast` found, and its places in the pieces' frames."""
-    number = torch.arange(len(piece), device=piece.device)
-    inverse = scene["inverse"][piece, number[:, None, None]]               # (N,2H+1,2W+1,4,4)
+    frame = torch.arange(len(piece), device=piece.device)
+    inverse = scene["inverse"][piece, frame[:, None, None]]                # (N,2H+1,2W+1,4,4)
     local = transform(points, inverse)
     surface, stripe = scene["colours"][piece].unbind(-2)
     striped = 20 * (.3 - local[..., :1].abs())               # it shows a turn
@@ -604,7 +604,7 @@ def paint(scene, origin, points, piece):
     side = slope * (origin - points)
     side = side.sum(-1, keepdim=True).sign()                 # the camera's
     normal = F.normalize(side * slope, dim=-1)
-    # What the lamp sees, by a ratio of exponentials of depth: a soft shadow.
+    # exp(100 (the lamp's depth of what it sees there - of the point + 1 cm)): a soft shadow
     uv, depth = project(points, *scene["lamp"])
     place = uv / 20 - 1
     light = F.grid_sample(scene["maps"], place, align_corners=True)[:, 0]
@@ -624,7 +624,7 @@ def film(scene, camera, size, stride):
     """What one camera (1,3,3), (1,4,4) adds to a sample."""
     origin, points, depth, piece = cast(scene, camera, size)
     video, local = paint(scene, origin, points, piece)
-    # The pseudo video: where, in frame 0, was what the centre of a pixel sees now?
+    # The pseudo video: where, in frame 0, was what a pixel sees now? (axis 0 is N here, as V = 1)
     middle = np.s_[:, 1::2, 1::2]
     index = piece[middle]
     start = transform(local[middle], scene["pose"][index, 0])
@@ -674,7 +674,7 @@ class SyntheticHOI(Scenes):
         scene = {name: column.to(self.device) for name, column in scene.items()}
         # The lamp is one more camera, whose depth maps make the shadows.
         eye = scene["eye"]
-        scene["lamp"] = camera(eye, 0 * eye, 50 * eye.norm(), (40, 40))
+        scene["lamp"] = look_at(eye, 0 * eye, 50 * eye.norm(), (40, 40))
         _, _, depth, _ = cast(scene, scene["lamp"], (40, 40))
         maps = (100 * (depth[:, None] - 1.2)).exp()
         scene["maps"] = F.avg_pool2d(maps, 3, 1, 1, count_include_pad=False)
@@ -760,9 +760,9 @@ def mano_vertices(model, pose, shape, place):
 
 def load_obj(path):
     """Triangles (F,3,3), corners in metres, of an .obj of triangles in centimetres."""
-    text = path.read_text(errors="replace")
-    vertices = re.findall(r"^v +(\S+) +(\S+) +(\S+)", text, re.M)
-    faces = re.findall(r"^f +(\d+)\S* +(\d+)\S* +(\d+)", text, re.M)
+    lines = path.read_text(errors="replace").splitlines()
+    vertices = [line.split()[1:4] for line in lines if line.startswith("v ")]
+    faces = [re.findall(r" (\d+)", line) for line in lines if line.startswith("f ")]
     vertices = np.array(vertices, np.float32) / 100
     return torch.from_numpy(vertices[np.array(faces, int) - 1])
 
@@ -801,7 +801,7 @@ class TACO(Scenes):
         for name in self.names[first:] + self.names[:first]:
             try:
                 if name not in self.report:
-                    return self.cached(f"taco4 {self.split} {name}", lambda: self.read(name))
+                    return self.cached(f"taco5 {self.split} {name}", lambda: self.read(name))
             except (ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError,
                     FileNotFoundError) as error:       # a full disk is none of these
                 self.leave_out(name, error)
@@ -824,7 +824,7 @@ class TACO(Scenes):
         window = np.arange(self.frames) * 30 / 8                                 # 8 a second
         window = window.round().astype(int)
         if self.split == "train":
-            spare = min(map(len, objects)) - window[-1]
+            spare = min(map(len, objects)) - window[-1] - 5   # others may end a little earlier
             window += chance.integers(max(1, spare))
         meshes = [self.hand(name, side, window) for side in ("left", "right")]
         for path, poses in zip(paths, objects):
@@ -927,11 +927,12 @@ class TACO(Scenes):
         camera = intrinsics, extrinsics
         pseudo, scale = tracks_to_pseudo_video(points, None, *camera, self.size, radius=DISC)
         # What changes in the video must lie where the meshes move.
-        moves = pseudo[0].diff(dim=1).abs().sum(0) > 0.02
+        change = pseudo[0].diff(dim=1).abs()
+        moves = change.sum(0) > 0.02
         changes = video.diff(dim=1).abs().sum(0)
         inside = changes[moves].mean()
         outside = changes[~moves].mean()
-        if inside < 2.5 * outside:                                   # 10 times, if all is well
+        if inside < 2.5 * outside:                                   # 4 to 15 times, if all is well
             raise ValueError(f"wrong calibration: meshes move apart from {path}")
         tracks, found = tracks_on_grid(points, camera, self.size, self.stride)
         return one_view(video, pseudo, scale, tracks, found, camera, self.stride)

@@ -52,7 +52,7 @@ def parse(arguments=None):
     add("--seed", type=int, default=0, help="of the noise")
     add("--device", choices=DEVICES, default=DEVICES[0], help="where to compute")
     add("--text-scale", type=float, default=1.0, help="guidance on the text, 1 = off")
-    add("--eta", type=float, default=0.0, help="share of fresh noise: 0 = none, 1 = DDPM")
+    add("--eta", type=float, default=0.0, help="share of fresh noise: 0 = none, 1 = as in DDPM")
     add("--temperature", type=float, default=0.1, help="of the noise: 0 = none, 1 = as trained")
     add("--no-cycle", action="store_true", help="no loop: aligned tracks do not guide the video")
     add("--no-dpa", action="store_true", help="no aligner, hence no loop: the coarse tracks")
@@ -112,7 +112,7 @@ def read_rig(path, models):
             raise ValueError("they do not see the scene's centre")
         return intrinsics, extrinsics, [view["name"] for view in views]
     except Exception as error:
-        wanted = "a rig of --print-cameras (world -> camera, OpenCV axes, metres; pixels)"
+        wanted = "a rig of --print-cameras (world -> camera, OpenCV axes, metres; size: HxW pixels)"
         path = path or "those of the checkpoint"
         raise ValueError(f"--cameras: expected {wanted}, got {path}: {error!r:.150}") from None
 
@@ -204,7 +204,7 @@ ROWS |= {ONE + OPEN: {"one": True, "loop": False}, ONE + FULL: {"one": True}}  #
 
 def matching_pixels(video, scene):
     """Tab. 1 and 3: how many patches (7 x 7 colours, every 2 pixels) of two views at one time are
-    each other's nearest by cosine, over 0.7, and within 1.5 pixels of the other's epipolar line."""
+    each other's nearest by cosine, over 0.7, within 1.5 pixels of the epipolar line. Blur helps."""
     factor = max(1, video.shape[3] // 64)              # at any size, the pixels of some 64 rows
     video = F.avg_pool3d(video, (1, factor, factor))
     frames, height, width = video.shape[2:]
@@ -213,7 +213,7 @@ def matching_pixels(video, scene):
     patches = F.unfold(rearrange(centred, "v c n h w -> (v n) c h w"), 7, stride=2).mT
     patches = patches * (patches.std(-1, keepdim=True) > 0.1)
     patches = F.normalize(patches, dim=-1).unflatten(0, (-1, frames))
-    pixel = track_grid((height - 6, width - 6), 2) + 2.5
+    pixel = track_grid((height - 5, width - 5), 2) + 2.5
     pixel = F.pad(factor * pixel, (0, 1), value=1.0)                          # (P,3)
     turn = scene["extrinsics"][:, :3, :3].mT @ torch.linalg.inv(scene["intrinsics"])
     number = torch.arange(len(pixel))
@@ -246,7 +246,7 @@ def scores(result, scene):
     slope = (across + down).sum(2).sqrt()[:, moving[..., 1:, 1:]].mean(1)     # (2,)
     seen = scene["visible"] & result["valid"].any(1, keepdim=True)
     seen[:, 0] = False                                                        # frame 0 is given
-    hands = seen & (scene.get("part", torch.zeros(1, 1)) != 3)[:, None]       # TACO tells no parts
+    hands = seen & (scene.get("part", torch.full((1, 1), 3)) != 3)[:, None]   # TACO tells none
     wrong = result["tracks"] - points                                         # (V,N,K,3)
     error = wrong.norm(dim=-1)
     eyes = camera_centres(scene["extrinsics"])[:, None, None]
