@@ -26,8 +26,8 @@ from einops import rearrange, repeat
 from torch import nn
 from torch.utils.data import default_collate
 
-from data import (SyntheticHOI, camera_centres, draw_in_all_views, film_strip, plucker_rays,
-                  pseudo_video_to_tracks, track_grid, transform)
+from data import (SyntheticHOI, camera_centres, carry_references, film_strip, plucker_rays,
+                  pseudo_video_to_tracks, track_grid, tracks_to_pseudo_video, transform)
 from dpa import DPA, chamfer_distance
 from mjd import MJD, VideoVAE
 
@@ -147,14 +147,21 @@ def read_tracks(models, motion, scale, cameras):
 
 
 def draw_guidance(models, tracks, valid, scale, cameras, references, given):
-    """Guidance (B,V,2,C,n,h,w) of the MJD: [1] z~ = E(ProjNorm(M~)), for the motion tokens. Beyond
-    the paper: [0] the references (B,V,3,H,W) carried along the tracks, for the video tokens; the
-    tracks (B,V,N,K,3) of *all* views that are ever valid are drawn in each."""
-    scenes = zip(tracks, valid, zip(*cameras), scale, references, given)
-    drawn = [draw_in_all_views(*scene, models.config["stride"]) for scene in scenes]
-    pseudo, carried = map(torch.stack, zip(*drawn))
+    """Guidance (B,V,2,C,n,h,w) of the MJD from tracks (B,V,N,K,3) in metres, those that are ever
+    valid (B,V,N,K): [1] z~ = E(ProjNorm(M~)), for the motion tokens. Beyond the paper: [0] the
+    references (B,V,3,H,W) of the views given (B,V), carried along them, for the video tokens."""
+    stride = models.config["stride"]
+    size = references.shape[-2:]
+    anchors = track_grid(size, stride).to(tracks)
+    shown = valid.any(2, keepdim=True)
+    views = map(fold, (tracks, shown, *cameras))
+    pseudo, _ = tracks_to_pseudo_video(*views, size, fold(scale), anchors)
+    pseudo = pseudo.unflatten(0, given.shape)
     motion = models.vae.encode(2 * pseudo - 1, "motion")
-    return torch.stack([models.vae.encode(carried, "video"), motion], 2)
+    scenes = zip(tracks, valid, zip(*cameras), references, given)
+    carried = [carry_references(*scene, stride) for scene in scenes]
+    carried = models.vae.encode(torch.stack(carried), "video")
+    return torch.stack([carried, motion], 2)
 
 
 def joint_losses(models, batch, given, loop=True, aligned=True):

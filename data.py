@@ -125,7 +125,7 @@ def colour(anchors, depth, hit, scale=None):
 
 
 def splat(uv, depth, shown, size, radius):
-    """z-buffer of discs around uv (V,N,P,2), depth (V,N,P), where shown (or P,): winner (V,N,H,W),
+    """z-buffer of discs around uv (V,N,P,2), depth (V,N,P), where shown: winner (V,N,H,W),
     the slot that each pixel sees, and hit (V,N,H,W). The nearest wins, at equal depth the nearest
     centre (2 mm a pixel): keys are depth in 0.1 mm, in the high bits, and the slot."""
     height, width = size
@@ -192,33 +192,25 @@ def one_view(video, pseudo, scale, tracks, found, camera, stride):
                 visible=visible[0], intrinsics=intrinsics[0], extrinsics=extrinsics[0])
 
 
-def draw_in_all_views(tracks, valid, camera, scale, references, given, stride):
-    """All views' tracks (V,N,K,3), if ever valid (V,N,K), drawn in each view: pseudo in [0,1]; and,
-    beyond the paper, references (V,3,H,W) of the views given (V,), carried along, (V,3,N,H,W): a
-    pixel's colour is looked up in the reference of its track's own view, at that track's anchor
-    plus the pixel's offset from the track."""
-    views = len(valid)
+def carry_references(tracks, valid, camera, references, given, stride):
+    """Beyond the paper: references (V,3,H,W) of the views given (V,), carried along tracks (V,N,K,3)
+    that are ever valid (V,N,K) -> (V,3,N,H,W), 0 where none is. A view takes its own, or that of
+    the nearest camera: a pixel's colour is found at its track's anchor, plus its offset from it."""
     size = references.shape[-2:]
-    radius = TOUCHING * stride
-    shown = valid.any(1)                                                      # (V, K)
-    slots = shown.clone()
-    slots[0, 0] = True                                     # there must be one to draw with
-    view, cell = slots.nonzero(as_tuple=True)                                 # (P,)
-    shown = shown[view, cell]
-    tracks = tracks[view, :, cell].transpose(0, 1)[None]                      # (1, N, P, 3)
-    pseudo, _ = tracks_to_pseudo_video(tracks, shown, *camera, size, scale, None, radius)
-    uv, depth = project(tracks, *camera)                                      # (V, N, P, 2)
-    winner, hit = splat(uv, depth, shown & given[view], size, radius)
-    offset = track_grid(size, stride).to(uv)[cell] - uv
-    offset = offset.take_along_dim(winner.flatten(2)[..., None], 2)
-    place = pixel_centres(size, uv.device) + offset.unflatten(2, size)
-    # The references are a volume, one view behind the other; each is looked up in its own plane.
-    plane = (view[winner] + 0.5) / views
-    place = place / place.new_tensor(size[::-1])
-    place = torch.cat([place, plane[..., None]], -1)                          # (V, N, H, W, 3)
-    volume = repeat(references, "u c h w -> v c u h w", v=views)
-    seen = F.grid_sample(volume, 2 * place - 1, padding_mode="border", align_corners=False)
-    return pseudo, torch.where(hit[:, None], seen, 0.0)
+    eyes = camera_centres(camera[1])
+    away = torch.cdist(eyes, eyes) + 1e3 * ~given                             # (V, V) metres
+    source = away.argmin(1)
+    shown = valid.any(1, keepdim=True) & given[:, None, None]                 # (V, 1, K)
+    uv, depth = project(tracks[source], *camera)                              # (V, N, K, 2)
+    winner, hit = splat(uv, depth, shown[source], size, TOUCHING * stride)
+    offset = track_grid(size, stride).to(uv) - uv
+    offset = offset.take_along_dim(winner.flatten(2)[..., None], 2)           # (V, N, H W, 2)
+    place = pixel_centres(size, uv.device).flatten(0, 1) + offset
+    place = 2 * place / place.new_tensor(size[::-1]) - 1
+    pictures = references[source]
+    seen = F.grid_sample(pictures, place, padding_mode="border", align_corners=False)
+    seen = seen.unflatten(3, size)
+    return torch.where(hit[:, None], seen, 0.0)
 
 
 def count_votes(pseudo, scale, stride):

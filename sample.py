@@ -27,7 +27,7 @@ from einops import rearrange, repeat
 
 from cycle import (DEVICES, SHIPPED, load_models, moving_psnr, read_tracks, run_program, sample,
                    use_bf16, user_path)
-from data import (FOREGROUND_THRESHOLD, TRIPLETS, camera_centres, draw_in_all_views, film_strip,
+from data import (FOREGROUND_THRESHOLD, TRIPLETS, camera_centres, carry_references, film_strip,
                   open_dataset, project, track_grid)
 from mjd import Attention
 
@@ -148,8 +148,8 @@ def answer(models, settings):
     scene["intrinsics"], scene["extrinsics"] = cameras
     options = {"loop": not settings.no_cycle, "aligned": not settings.no_dpa}
     result = scene | generate(models, scene, count == 1, **options | settings.options)
-    _, carried = draw_in_all_views(result["tracks"], result["valid"], cameras, result["scale"],
-                                   references, result["given"], models.config["stride"])
+    carried = carry_references(result["tracks"], result["valid"], cameras, references,
+                               result["given"], models.config["stride"])
     kinds = torch.stack([result["video"], result["motion"], carried])
     result["sheet"] = rearrange(kinds, "k v c n h w -> c n (v h) (k w)")
     result["anchors"] = track_grid(size, models.config["stride"])

@@ -176,22 +176,22 @@ class TestData:
             tracks, _ = data.pseudo_video_to_tracks(pseudo, scale, *cameras, 4)
             assert (tracks - truth).norm(dim=3)[seen].median() < limit       # metres
 
-    def test_references_move_with_their_tracks(self, scene):
+    @each("given", [(False, True, False), (True, True, True)])
+    def test_references_move_with_their_tracks(self, scene, given):
         cameras = scene["intrinsics"], scene["extrinsics"]
-        pictures = scene["video"][:, :, 0]
-        given = torch.tensor([False, True, False])
-        known = scene["scale"], pictures, given, 4
-        _, carried = data.draw_in_all_views(scene["tracks"], scene["visible"], cameras, *known)
-        drawn = carried[1] != 0
-        assert drawn.float().mean() > 0.2
-        truth = scene["video"][1]
-        error = (carried[1] - truth).abs()
-        still = (truth[:, :1] - truth).abs()
-        assert error[:, 0][drawn[:, 0]].max() < 1e-3
-        assert error[drawn].mean() < 0.5 * still[drawn].mean()
-        never = scene["visible"] & False
-        pseudo, _ = data.draw_in_all_views(scene["tracks"], never, cameras, *known)
-        assert pseudo.isfinite().all() and not pseudo[:, 2].any()
+        truth, tracks, seen = scene["video"], scene["tracks"], scene["visible"]
+        known = cameras, truth[:, :, 0], torch.tensor(given), 4
+        carried = data.carry_references(tracks, seen, *known)
+        error = (carried - truth).abs()
+        still = (truth[:, :, :1] - truth).abs()
+        for view, own in enumerate(given):
+            drawn = carried[view] != 0
+            assert drawn.float().mean() > 0.2
+            assert error[view][drawn].mean() < 0.25      # without motion .28, of a wrong view .44
+            if own:
+                assert error[view][drawn].mean() < 0.5 * still[view][drawn].mean()
+                assert error[view][:, 0][drawn[:, 0]].max() < 1e-3
+        assert not data.carry_references(tracks, seen & False, *known).any()
 
     def test_frame_0_does_not_tell_the_action(self):
         world = data.SyntheticHOI("val", **TINY)
@@ -831,7 +831,7 @@ class TestPrograms:
         assert worse["matching_pixels"] < found["matching_pixels"]
 
     def test_matching_pixels_are_the_same_at_any_size(self, scene):
-        video = scene["video"]
+        video = scene["video"][:, :, :3]
         sample.matching_pixels(video[..., :63, :], scene)                    # an odd number of rows
         lenses = scene["intrinsics"].clone()
         lenses[:, :2] *= 2
