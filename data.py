@@ -193,12 +193,13 @@ def one_view(video, pseudo, scale, tracks, found, camera, stride):
 
 
 def carry_references(tracks, valid, camera, references, given, stride):
-    """Beyond the paper: references (V,3,H,W) of the views given (V,), carried along tracks (V,N,K,3)
-    that are ever valid (V,N,K) -> (V,3,N,H,W), 0 where none is. A view takes its own, or that of
-    the nearest camera: a pixel's colour is found at its track's anchor, plus its offset from it."""
+    """Beyond the paper: references (V,3,H,W) of the views given (V,), carried along tracks that are
+    ever valid, (V,N,K,3), (V,N,K) -> (V,3,N,H,W), 0 where none is. A view takes its own, or the
+    nearest camera's: a pixel's colour is found at its track's anchor, plus its offset from it."""
     size = references.shape[-2:]
     eyes = camera_centres(camera[1])
-    away = torch.cdist(eyes, eyes) + 1e3 * ~given                             # (V, V) metres
+    away = torch.cdist(eyes, eyes).fill_diagonal_(-1)                         # (V, V) metres
+    away[:, ~given] = torch.inf
     source = away.argmin(1)
     shown = valid.any(1, keepdim=True) & given[:, None, None]                 # (V, 1, K)
     uv, depth = project(tracks[source], *camera)                              # (V, N, K, 2)

@@ -27,7 +27,7 @@ from mjd import (Attention, mlp, modulate, posterior_velocity, rms_norm, timeste
 
 VOXEL, SCENE_RADIUS = 0.02, 0.1     # metres
 KNOWN = 1 + 3 + 3 + 16 + 12         # of a track in a frame: valid, point, ray, anchor, frame
-GRID_BITS = 17    # 2^17 cells an axis: a curve's are 82 m; 3 x 17 leave 12 bits for the group
+GRID_BITS = 16    # 2^16 cells an axis: a curve's are 41 m; 3 x 16 leave 15 bits for the group
 
 
 # ---------------------------------------------------------------- serialization, sparsification
@@ -210,7 +210,7 @@ class DPA(nn.Module):
         told = alpha * std * (noisy - alpha * coarse) / variance      # (E[M | M_t] - coarse) / std
         anchor = fourier(anchors, 4)[:, None]                                 # (K, 1, 16)
         step = torch.arange(valid.shape[-1], device=t.device)                 # (N,)
-        frame = fourier(step[:, None] / 64, 6)                                # (N, 12)
+        frame = fourier(step[:, None] / 64, 6)                                # (N, 12), period 64
         known = told, valid[..., None], coarse, ray, anchor, frame
         known = torch.cat([part.expand(*valid.shape, -1) for part in known], -1)[slots]
         # Voxels, and curves along z-order and transposed z-order, of all views at each time step

@@ -108,7 +108,8 @@ def read_rig(path, models):
         centre = models.dpa.scene_centre.cpu().expand(len(views), 1, 3)
         uv, depth = project(centre, intrinsics, extrinsics)
         away = (uv / size - 0.5).abs().amax()
-        if not (away < 0.45 and 0.05 < depth.amin() < 20):                 # so NaN is refused too
+        seen = away < 0.45 and 0.05 < depth.amin() < 20                    # so NaN is refused too
+        if path and not seen:
             raise ValueError("they do not see the scene's centre")
         return intrinsics, extrinsics, [view["name"] for view in views]
     except Exception as error:
@@ -323,7 +324,7 @@ def evaluate(models, settings):
     dataset = open_dataset(source, split, settings.data_root, settings.mano_dir, **shape)
     count = min(settings.scenes, len(dataset))
     if count < 1:
-        raise ValueError(f"--split, --scenes: expected scenes, got none of {split}: ask for others")
+        raise ValueError(f"--split, --scenes, --data-root: expected scenes, got none of {split}")
     found = {name: [] for name in [*ROWS, "baseline", "ceiling"]}
     trials = []
     for index in range(count):
@@ -340,9 +341,8 @@ def evaluate(models, settings):
     report["ablation"] = [{"name": name} | summary(found[name]) for name in ROWS]
     report |= {name: summary(found[name]) for name in ("baseline", "ceiling")}
     report["action_accuracy"] = summary(trials) | {"trials": len(trials)}
-    report["loop_gain"] = {}
-    for start in ("", ONE):
-        report["loop_gain"][start + FULL] = summary(found[start + FULL], found[start + OPEN])
+    report["loop_gain"] = {start + FULL: summary(found[start + FULL], found[start + OPEN])
+                           for start in ("", ONE)}
     print(json.dumps(report, indent=1))
     if settings.json:
         settings.json.write_text(json.dumps(kept | {split: report}, indent=1))

@@ -156,6 +156,9 @@ class TestData:
         assert close(data.project(points, *cameras)[0], uv, 1e-3)
         direction, moment = data.plucker_rays(*cameras, (64, 96)).movedim(1, 3).split(3, 3)
         assert close(torch.linalg.cross(points, direction), moment, 1e-4)    # on its ray
+        eyes = data.camera_centres(cameras[1])
+        towards = points - eyes[:, None, None]
+        assert close(direction, F.normalize(towards, dim=-1))
 
     def test_the_nearest_track_wins_whatever_the_order(self):
         camera = torch.tensor([[[20., 0, 12], [0, 20, 8], [0, 0, 1]]]), torch.eye(4)[None]
@@ -176,8 +179,8 @@ class TestData:
             tracks, _ = data.pseudo_video_to_tracks(pseudo, scale, *cameras, 4)
             assert (tracks - truth).norm(dim=3)[seen].median() < limit       # metres
 
-    @each("given", [(False, True, False), (True, True, True)])
-    def test_references_move_with_their_tracks(self, scene, given):
+    def test_references_move_with_their_tracks(self, scene):
+        given = [True, True, False]                          # the last view's nearest: the middle
         cameras = scene["intrinsics"], scene["extrinsics"]
         truth, tracks, seen = scene["video"], scene["tracks"], scene["visible"]
         known = cameras, truth[:, :, 0], torch.tensor(given), 4
@@ -276,9 +279,7 @@ class TestData:
         pose, shape, place = torch.randn(16, 3) / 2, torch.randn(10), torch.randn(3)
         rest = model["v_template"] + model["shapedirs"] @ shape
         joints = model["J_regressor"] @ rest
-        angle = pose.norm(dim=-1)[:, None, None]
-        cross = torch.linalg.cross(pose[:, None] / angle, one[None]).mT
-        turns = one + angle.sin() * cross + (1 - angle.cos()) * cross @ cross        # Rodrigues
+        turns = torch.linalg.cross(pose[:, None], one[None]).mT.matrix_exp()
         world = []
         for joint, parent, turn in zip(joints, PARENTS, turns):
             local = data.affine(turn, joint - turn @ joint)                  # about its own joint
@@ -421,9 +422,12 @@ class TestNetworks:
         found = mjd.posterior_velocity(estimate, 0.5, z_t, known)
         assert close(found, alpha_dot * z_0 + sigma_dot * z_1)
 
-    def test_morton_code_interleaves_bits(self):
+    def test_morton_code_interleaves_bits_and_groups_stay_apart(self):
         cells = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [3, 5, 1], [1023, 0, 1]])
         assert dpa.morton_code(cells, 10).tolist() == [1, 2, 4, 0b010001111, 153391693]
+        group = torch.arange(9000)                       # scenes times frames
+        patches, _ = dpa.serialize(torch.randn(9000, 3), group, 1)
+        assert torch.equal(patches[:, 0], group)
 
     def test_chamfer_distance_equals_its_formula(self):
         a, b = torch.randn(2, 7, 3), torch.randn(2, 9, 3)
@@ -493,7 +497,8 @@ class TestNetworks:
         monkeypatch.setattr(models.mjd, "forward", know)
         monkeypatch.setattr(models.dpa, "forward", lambda noisy, coarse, valid, t, known, *_:
                             velocity(M, 0, noisy, known))
-        losses = cycle.joint_losses(models, batch, torch.tensor([[True, False]]))
+        given = torch.tensor([[True, False]])
+        losses = cycle.joint_losses(models, batch, given)
         assert max(losses.values()) < 1e-3
         last = states(models, batch)[-1]
         assert close(last.z_V, z_V, 1e-3)
@@ -504,6 +509,11 @@ class TestNetworks:
             assert close(reference, z_V[:, 0, :, 0])
         drawn = last.guidance[:, :, 1]                       # of the aligned tracks, not the coarse
         assert (drawn - z_Mpv).norm() < 0.4 * z_Mpv.norm()
+        visible = batch["visible"][0]
+        cameras = batch["intrinsics"][0], batch["extrinsics"][0]
+        pictures = batch["video"][0, :, :, 0]
+        carried = data.carry_references(last.tracks[0], visible, cameras, pictures, given[0], 4)
+        assert close(last.guidance[0, :, 0], models.vae.encode(carried), 1e-4)
 
     def test_a_scene_without_tracks_does_not_train_the_aligner(self, models, batch):
         nothing = batch | {"visible": batch["visible"] & False}
@@ -565,10 +575,12 @@ class TestNetworks:
             torch.manual_seed(0)
             loss = sum(train.stage_losses(stage, models, dict(batch)).values())
             losses.append(loss.item())
+            if losses[-1] < 0.5 * losses[0]:
+                return
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-        assert losses[-1] < 0.5 * losses[0]
+        raise AssertionError(losses)
 
 
 def call(program, flags):
@@ -687,6 +699,7 @@ class TestPrograms:
         sampled = cycle.load_models(Path("parts/checkpoint.pt")).state_dict()
         for key, value in torch.load("whole/checkpoint.pt")["average"].items():
             assert torch.equal(value, sampled[key]), key
+        assert (sampled["vae.latent_std"] != 1).all()                # measured, of a new VAE too
 
     def test_averages_go_on_after_ctrl_c_and_at_another_size(self, monkeypatch, batch):
         stop_in_step(monkeypatch, 5)                                         # the second of base
@@ -710,12 +723,11 @@ class TestPrograms:
         flags = ["", "--size 48x48", "--views 1", "--frames 9", "--batch 3", "--rate 1e-5",
                  "--seed 1", "--scenes 2", "--precision bf16", "--steps 3"]
         results = set()
-        for flag in flags:
-            assert run("out", f"--stage base --steps 2 {flag}") == 0
-            average = torch.load("out/checkpoint.pt")["average"]
+        for number, flag in enumerate(flags):
+            assert run(number, f"--stage base --steps 2 {flag}") == 0
+            average = torch.load(f"{number}/checkpoint.pt")["average"]
             total = sum(x.double().sum().item() for x in average.values())
             results.add(total)
-            shutil.rmtree("out")
         assert len(results) == len(flags), results
 
     @each("fault, flags, word", [
@@ -856,14 +868,13 @@ class TestPrograms:
         shutil.copytree(tree, "broken")
         Path("broken/split.csv").write_text("".join(f"{name},unseen\n" for name in TREE[:2]))
         np.save(Path("broken/Object_Poses") / TREE[0] / "tool_1.npy", np.zeros((99, 3, 4)))
-        two = f"{flags} --scenes 2 --eval --split unseen --data taco --data-root broken"
-        assert call(sample, f"{two} --mano-dir {tree}") == 0
+        broken = f"--data taco --data-root broken --mano-dir {tree}"
+        assert call(sample, f"{flags} --scenes 2 --eval --split unseen {broken}") == 0
         table = json.loads(Path("new/eval.json").read_text())
         assert "all" in table and table["unseen"]["scenes"] == 1
         assert call(sample, f"{flags} --eval") == 2                          # not without the data
         Path("broken/split.csv").write_text(f"{TREE[0]},val\n{TREE[1]},train\n")
-        source = f"--data taco --data-root broken --mano-dir {tree}"
-        assert run("again", f"--stage base --steps 1 --views 3 {source}") == 0
+        assert run("again", f"--stage base --steps 1 --views 3 {broken}") == 0
 
     def test_the_truth_wins_every_trial_of_actions(self, monkeypatch):
         world = data.SyntheticHOI("val", **TINY)
@@ -922,5 +933,6 @@ class TestPrograms:
             assert re.search(rf"--(no-)?{flag}(?![\w-])", "".join(scripts.values())), flag
         report = json.loads((HERE / "assets/eval.json").read_text())["val"]
         for row in (*report["ablation"], report["baseline"], report["ceiling"]):
-            for key in ("psnr_moving", "sharpness", "matching_pixels", "mv_rpe", "hands_tool_cm"):
-                assert f"| {row[key]:.2f}±{row[key + '_ci']:.2f} |" in text, (row, key)
+            keys = "psnr_moving", "sharpness", "matching_pixels", "mv_rpe", "hands_tool_cm"
+            cells = [f"{row[key]:.2f}±{row[key + '_ci']:.2f}" for key in keys]
+            assert f"| {' | '.join(cells)} |" in text, row

@@ -197,7 +197,9 @@ def measure(models, dataset, settings):
     config, views = models.config, settings.views
     batch = next(batches(dataset, 16, 0, models.device))             # the same in all processes
     if not config["trained"]:
-        models.vae.init_from(torch.cat([fold(batch[key][:4]) for key in ("video", "pseudo")]))
+        few = {key: batch[key][:4] for key in ("video", "pseudo")}
+        models.vae.init_from(torch.cat([fold(videos) for videos in few.values()]))
+        measure_latents(models.vae, few)
     if config.get("data") != settings.data:
         models.dpa.scene_centre.copy_(batch["tracks"][batch["visible"]].nanmean(0))
         apart = batch["scale"] - usual_scale(models, batch["extrinsics"])
@@ -293,6 +295,7 @@ def train_stage(stage, settings, models, averaged, dataset, saved):
     return not stopped
 
 
+@torch.no_grad()
 def measure_latents(vae, batch):
     """Sets the VAE's latent statistics: a mean per modality and channel, one deviation each."""
     for index, key in enumerate(("video", "pseudo")):
@@ -388,7 +391,7 @@ def train(arguments=None):
         if in_main:
             signal.signal(signal.SIGINT, before)
     if RANK == 0:
-        print(f"{settings.out}/weights.pt" if finished else "saved: go on with --resume")
+        print(f"{settings.out}/weights.pt" if finished else "saved: repeat this with --resume")
 
 
 def main(arguments=None):
