@@ -190,7 +190,7 @@ class TestData:
         for view, own in enumerate(given):
             drawn = carried[view] != 0
             assert drawn.float().mean() > 0.2
-            assert error[view][drawn].mean() < 0.25      # without motion .28, of a wrong view .44
+            assert error[view][drawn].mean() < 0.25      # without motion .28, of a wrong view .31
             if own:
                 assert error[view][drawn].mean() < 0.5 * still[view][drawn].mean()
                 assert error[view][:, 0][drawn[:, 0]].max() < 1e-3
@@ -580,7 +580,7 @@ class TestNetworks:
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-        raise AssertionError(losses)
+        pytest.fail(f"the loss has not halved: {losses}")
 
 
 def call(program, flags):
@@ -798,6 +798,8 @@ class TestPrograms:
             view["intrinsics"] = (shifted @ view["intrinsics"]).tolist()
         Path("rig.json").write_text(json.dumps(rig), "utf-8-sig")
         assert close(sample.read_rig(Path("rig.json"), models)[0], expected, 1e-3)
+        models.dpa.scene_centre += 1                       # its own cameras are never refused
+        assert close(sample.read_rig(None, models)[0], expected)
 
     @each("key, change", [("extrinsics", np.linalg.inv), ("extrinsics", np.transpose),
                           ("intrinsics", lambda K: K / [[48], [32], [1]]),
@@ -932,7 +934,7 @@ class TestPrograms:
         for flag in re.findall(r"(?<![\w-])--(?:no-)?([a-z][a-z-]+)(?!\w)", text):
             assert re.search(rf"--(no-)?{flag}(?![\w-])", "".join(scripts.values())), flag
         report = json.loads((HERE / "assets/eval.json").read_text())["val"]
+        keys = "psnr_moving", "sharpness", "matching_pixels", "mv_rpe", "hands_tool_cm"
         for row in (*report["ablation"], report["baseline"], report["ceiling"]):
-            keys = "psnr_moving", "sharpness", "matching_pixels", "mv_rpe", "hands_tool_cm"
             cells = [f"{row[key]:.2f}±{row[key + '_ci']:.2f}" for key in keys]
             assert f"| {' | '.join(cells)} |" in text, row
