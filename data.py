@@ -28,6 +28,7 @@ import pkgutil
 import re
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -52,7 +53,7 @@ def transform(points, matrices):
     """Points (...,n) under affine maps: (...,n+1,n+1), one a point, or (V,n+1,n+1), one a view."""
     while matrices.ndim <= points.ndim:
         matrices = matrices.unsqueeze(1)
-    turned = torch.einsum("...ij,...j->...i", matrices[..., :-1, :-1], points.float())
+    turned = torch.einsum("...ij,...j->...i", matrices[..., :-1, :-1], points.to(matrices))
     return turned + matrices[..., :-1, -1]
 
 
@@ -69,7 +70,7 @@ def project(points, intrinsics, extrinsics):
 def unproject(uv, depth, intrinsics, extrinsics):
     """The inverse of `project`: uv (V,...,2) pixels, depth (V,...) m -> world points (V,...,3)."""
     rays = F.pad(transform(uv, torch.linalg.inv(intrinsics)), (0, 1), value=1.0)
-    camera = rays * depth.float()[..., None]
+    camera = rays * depth.to(rays)[..., None]
     return transform(camera, torch.linalg.inv(extrinsics))
 
 
@@ -96,9 +97,16 @@ def plucker_rays(intrinsics, extrinsics, size):
 
 # ------------------------------------------------------- motion representation (Sec. 3.2, Fig. 3)
 
-def within(x, y, height, width):
-    """Whether pixels x, y are in a picture."""
-    return (x >= 0) & (x < width) & (y >= 0) & (y < height)
+def cells_around(place, size, reach):
+    """The (2 reach)^2 cells of a grid (H,W) that are nearest to places (...,2), one after another:
+    slots (...) in reading order, and the way along x and y from their centres, in cells. What is
+    beyond the border is a cell at the border."""
+    height, width = size
+    x, y = (place - 0.5).unbind(-1)                          # the centre of cell 0 is 0
+    for right, down in itertools.product(range(1 - reach, reach + 1), repeat=2):
+        column = (x.floor() + right).clamp(0, width - 1)
+        row = (y.floor() + down).clamp(0, height - 1)
+        yield (row * width + column).long(), x - column, y - row
 
 
 def track_grid(size, stride):
@@ -128,38 +136,31 @@ def splat(uv, depth, shown, size, radius):
     """z-buffer of discs around uv (V,N,P,2), depth (V,N,P), where shown: winner (V,N,H,W),
     the slot that each pixel sees, and hit (V,N,H,W). The nearest wins, at equal depth the nearest
     centre (2 mm a pixel): keys are depth in 0.1 mm, in the high bits, and the slot."""
-    height, width = size
-    views, frames, _ = depth.shape
-    slot = torch.arange(uv.shape[2], device=uv.device)
-    buffer = slot.new_full((views, frames, height * width + 1), 2 ** 62)
+    views, frames, count = depth.shape
+    pixels = math.prod(size)
+    slot = torch.arange(count, device=uv.device)
+    buffer = slot.new_full((views, frames, pixels + 1), 2 ** 62)
     shown = shown & (depth > NEAREST)
-    centre_x, centre_y = uv.unbind(-1)
-    reach = math.ceil(radius)
-    for across, down in itertools.product(range(-reach, reach + 1), repeat=2):
-        if math.hypot(across, down) > radius + 0.71:       # the pixel is too far away
-            continue
-        x = centre_x.floor() + across
-        y = centre_y.floor() + down
-        distance = torch.hypot(x + 0.5 - centre_x, y + 0.5 - centre_y)
-        drawn = shown & within(x, y, height, width) & (distance <= radius)
-        pixel = torch.where(drawn, y * width + x, height * width)
+    for pixel, x, y in cells_around(uv, size, math.ceil(radius)):
+        distance = torch.hypot(x, y)
+        drawn = shown & (distance <= radius)
+        pixel = torch.where(drawn, pixel, pixels)
         order = (depth + 0.002 * distance).clamp(0, 1e4)
         key = (1e4 * order).long() << 24 | slot
-        buffer.scatter_reduce_(2, pixel.long(), key, "amin")
+        buffer.scatter_reduce_(2, pixel, key, "amin")
     buffer = buffer[..., :-1].unflatten(2, size)
     return buffer & 0xFFFFFF, buffer < 2 ** 62
 
 
-def tracks_to_pseudo_video(tracks, visible, intrinsics, extrinsics, size, scale=None, anchors=None,
-                           radius=None):
+def tracks_to_pseudo_video(tracks, visible, intrinsics, extrinsics, size, scale=None, anchors=None):
     """Proj & Norm: each track is a disc at its pixel, in its anchor's colour. tracks (V,N,K,3),
     visible (V,N,K) or None -> pseudo (V,3,N,H,W) in [0,1], scale. None: scale (V,2) is the range of
-    what is seen, anchors (K,2) or (V,K,2) the pixels in frame 0, radius (pixels) that of a grid."""
+    what is seen, anchors (K,2) or (V,K,2) the pixels in frame 0."""
     uv, depth = project(tracks, intrinsics, extrinsics)                       # (V,N,K,2), (V,N,K)
     shown = True if visible is None else visible
     first = uv[:, 0]                                                          # (V, K, 2)
     anchors = first if anchors is None else anchors.expand_as(first)
-    radius = radius or TOUCHING * (size[0] * size[1] / tracks.shape[2]) ** 0.5
+    radius = max(DISC, TOUCHING * (size[0] * size[1] / tracks.shape[2]) ** 0.5)
     winner, hit = splat(uv, depth, shown, size, radius)
     index = winner.flatten(2)                                                 # (V, N, H W)
     depth = depth.gather(2, index).unflatten(2, size)                         # (V, N, H, W)
@@ -178,16 +179,18 @@ def tracks_on_grid(points, camera, size, stride):
 
 
 def one_view(video, pseudo, scale, tracks, found, camera, stride):
-    """What a view of video (3,N,H,W) adds to a sample. A track of (1,N,K,3) is visible in frames
-    where the pseudo video (1,3,N,H,W) in [0,1] gives it back to within a cell's width. Tracks not
-    found (K,), or not visible in frame 0, never are, and are 0."""
+    """What a view of video (3,N,H,W) adds to a sample. A track of (1,N,K,3) that is found (K,) is
+    visible in frame 0, and wherever the pseudo video (1,3,N,H,W) in [0,1] gives it back to within a
+    cell's width, in the picture. Tracks not found never are, and are 0."""
     read, valid = pseudo_video_to_tracks(pseudo, scale, *camera, stride)
     intrinsics, extrinsics = camera
-    _, depth = project(tracks, intrinsics, extrinsics)
+    uv, depth = project(tracks, intrinsics, extrinsics)
     cell = stride * depth / intrinsics[0, 0, 0]                               # metres
     visible = valid & ((read - tracks).norm(dim=-1) < cell)
-    visible &= found & visible[:, :1]
-    tracks = tracks.masked_fill(~visible[:, :1, :, None], 0)
+    visible &= ((uv >= 0) & (uv < uv.new_tensor(video.shape[:1:-1]))).all(-1)
+    visible[:, 0] = True
+    visible &= found
+    tracks = tracks.masked_fill(~found[:, None], 0)
     return dict(video=video, pseudo=2 * pseudo[0] - 1, scale=scale[0], tracks=tracks[0],
                 visible=visible[0], intrinsics=intrinsics[0], extrinsics=extrinsics[0])
 
@@ -235,15 +238,12 @@ def count_votes(pseudo, scale, stride):
     rim = F.max_pool2d(background, 3, 1, 1)[place]
     trust = 1 - 0.98 * rim
     total = vote.new_zeros(views * frames * down * across, 4)
-    anchor = torch.stack([red * across, green * down], -1) - 0.5              # (P, 2) in cells
-    for step in itertools.product((0, 1), repeat=2):
-        cell = anchor.floor() + anchor.new_tensor(step)
-        offset = anchor - cell
-        distance = offset.square().sum(-1)
-        x, y = cell.long().unbind(-1)
-        inside = within(x, y, down, across)
-        weight = inside * trust * torch.exp(-distance / 0.32)
-        slot = inside * ((picture * down + y) * across + x)
+    anchor = torch.stack([red * across, green * down], -1)                    # (P, 2) in cells
+    for cell, x, y in cells_around(anchor, (down, across), 1):
+        distance = x.square() + y.square()
+        weight = trust * torch.exp(-distance / 0.32)
+        slot = picture * down * across + cell
+        offset = torch.stack([x, y], -1)
         moved = vote - F.pad(stride * offset, (0, 2))
         total.index_add_(0, slot, moved * weight[:, None])
     return total.view(views, frames, -1, 4)
@@ -268,18 +268,17 @@ def pseudo_video_to_tracks(pseudo, scale, intrinsics, extrinsics, stride):
     return torch.where(valid, tracks, 0.0), valid[..., 0]
 
 
+@dataclass
 class Scenes(Dataset):
-    """What both data sets share: settings, a folder `cache` of finished samples, their device."""
-    def __init__(self, split, size=(64, 96), frames=13, views=3, stride=4, seed=0, cache=None,
-                 device="cpu"):
-        self.split = split
-        self.size = tuple(size)
-        self.frames = frames
-        self.views = views
-        self.stride = stride
-        self.seed = seed
-        self.cache = cache
-        self.device = device
+    """What both data sets share."""
+    split: str
+    size: tuple = (64, 96)       # height, width
+    frames: int = 13
+    views: int = 3
+    stride: int = 4              # pixels: the side of a track's cell
+    seed: int = 0
+    cache: str = None            # folder that keeps finished samples
+    device: str = "cpu"          # where they go
 
     def cached(self, name, make):
         """The sample of `make()`; if there is a cache, kept in a file, whole or not at all."""
@@ -310,7 +309,7 @@ class Scenes(Dataset):
 
 # ------------------------------------------------------------------------- the synthetic world
 
-CACHE_VERSION = 3                      # to be raised whenever the world changes
+CACHE_VERSION = 4                      # to be raised whenever the world changes
 ACTIONS = {                            # tools and targets; every pair makes a triplet
     "stir": ("spoon ladle spatula", "bowl pan cup"),
     "scrape off": ("spatula knife spoon", "plate pan bowl"),
@@ -701,8 +700,9 @@ class SafeUnpickler(pickle.Unpickler):
 
 def read_pickle(path):
     """The content of a TACO or MANO pickle; ValueError with its name, whatever is wrong with it."""
+    content = io.BytesIO(path.read_bytes())
     try:
-        return SafeUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+        return SafeUnpickler(content, encoding="latin1").load()
     except Exception as error:                          # torch would advise to trust the file
         reason = str(error).rpartition("Trying to load ")[2]
         raise ValueError(f"{path}: expected tensors and arrays only ({reason})")
@@ -794,7 +794,7 @@ class TACO(Scenes):
         for name in self.names[first:] + self.names[:first]:
             try:
                 if name not in self.report:
-                    return self.cached(f"taco5 {self.split} {name}", lambda: self.read(name))
+                    return self.cached(f"taco6 {self.split} {name}", lambda: self.read(name))
             except (ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError,
                     FileNotFoundError) as error:       # a full disk is none of these
                 self.leave_out(name, error)
@@ -918,7 +918,7 @@ class TACO(Scenes):
         intrinsics[:, :2, 2] -= box[2:]
         intrinsics[:, :2] *= (size / box[:2])[:, None]
         camera = intrinsics, extrinsics
-        pseudo, scale = tracks_to_pseudo_video(points, None, *camera, self.size, radius=DISC)
+        pseudo, scale = tracks_to_pseudo_video(points, None, *camera, self.size)
         # What changes in the video must lie where the meshes move.
         change = pseudo[0].diff(dim=1).abs()
         moves = change.sum(0) > 0.02

@@ -263,7 +263,8 @@ class TextEncoder(nn.Module):
         for row, prompt in zip(codes, prompts):
             words = re.findall(r"\w+", prompt.lower()) + ["<end>"]
             if len(words) > len(places):
-                raise ValueError(f"prompt: expected at most {len(places) - 1} words, got {prompt}")
+                raise ValueError(f"prompt: expected at most {len(places) - 1} words, "
+                                 f"got {len(words) - 1}: shorten it")
             hashes = [zlib.crc32(word.encode()) for word in words]
             row[:len(words)] = torch.tensor(hashes) % 2048
         codes = codes.to(places.device)

@@ -34,7 +34,7 @@ from mjd import Attention
 
 STAGES = {"vae": ["vae"], "base": ["mjd"], "dpa": ["dpa"], "joint": ["mjd", "dpa"]}   # trains what
 LOG_EVERY, SAVE_EVERY = 20, 200      # steps
-LOOP_SHARE, SINGLE_VIEW_SHARE, TEXT_DROPOUT = 0.65, 0.2, 0.1   # of joint; of all but vae's; of all
+UNGUIDED, SINGLE_VIEW, TEXT_DROPOUT = 3, 5, 0.1      # every third step of joint, every fifth of all
 RANK = int(os.environ.get("RANK", 0))                # this process, of WORLD that torchrun starts
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -66,6 +66,9 @@ PRESETS = dict(tiny=TINY, small=SMALL, taco=LARGE)
 
 def parse(arguments=None):
     """The settings: the command line, and where it says nothing the preset."""
+    def HxW(text):
+        return tuple(map(int, text.split("x")))
+
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--stage", default="joint", choices=(*STAGES, "all"), help="all: one after the other")
@@ -73,7 +76,7 @@ def parse(arguments=None):
     add("--data", default="synthetic", help="synthetic, taco, or MODULE:CLASS of your own Dataset")
     add("--data-root", default="TACO", type=user_path, help="folder of the TACO data set")
     add("--mano-dir", default="MANO", type=user_path, help="of MANO_LEFT.pkl and MANO_RIGHT.pkl")
-    add("--size", type=lambda text: tuple(map(int, text.split("x"))), help="HxW, multiples of 16")
+    add("--size", type=HxW, help="multiples of 16")
     add("--views", type=int, help="cameras")
     add("--frames", type=int, help="frames, 1 + a multiple of 4")
     length = parser.add_mutually_exclusive_group().add_argument
@@ -147,13 +150,12 @@ def vae_losses(vae, batch):
     return {"pixels": (weight * (error.abs() + 4 * error.square())).mean(), "kl": 1e-5 * kl}
 
 
-def stage_losses(stage, models, batch):
-    """The loss parts of one step of a stage, after hiding views, references, prompts at random."""
+def stage_losses(stage, models, batch, step):
+    """The loss parts of a stage's step, after hiding views, and references, prompts at random."""
     if stage == "vae":
         return vae_losses(models.vae, batch)
-    alone, loop = of_first(torch.rand(2))
     prompts, views = batch.pop("prompt"), batch["scale"].shape[1]
-    if alone < SINGLE_VIEW_SHARE:         # the paper: in the MJD's warm-up always, then never
+    if step % SINGLE_VIEW == 0:           # the paper: in the MJD's warm-up always, then never
         batch = {key: fold(x)[:, None] for key, x in batch.items()}           # (B V,1,...)
         prompts = [prompt for prompt in prompts for _ in range(views)]
     # Of each sample 1..V references are shown, each number as often: so one is enough to sample.
@@ -161,15 +163,8 @@ def stage_losses(stage, models, batch):
     given = torch.rand(shape).argsort(1) < torch.randint(1, 1 + shape[1], (shape[0], 1))
     heard = torch.rand(shape[0]) > TEXT_DROPOUT
     batch["prompt"] = [prompt if hears else "" for prompt, hears in zip(prompts, heard)]
-    loop = stage == "joint" and loop < LOOP_SHARE
+    loop = stage == "joint" and step % UNGUIDED > 0
     return joint_losses(models, batch, given.to(models.device), loop, aligned=stage != "base")
-
-
-def of_first(numbers):
-    """The first process's numbers: all go by its dice, its clock and its Ctrl-C."""
-    if WORLD > 1:
-        dist.broadcast(numbers, 0)
-    return numbers.tolist()
 
 
 def load(settings):
@@ -258,7 +253,10 @@ def train_stage(stage, settings, models, averaged, dataset, saved):
     data = batches(dataset, settings.batch, seed * WORLD + RANK, device, step, settings.workers)
     for batch in data:
         progress = (spent / 60 if settings.minutes else step) / settings.lengths[stage]
-        progress, stopped = of_first(torch.tensor([progress, settings.stop.is_set()]))
+        state = torch.tensor([progress, settings.stop.is_set()])
+        if WORLD > 1:                          # all go by the first one's clock and its Ctrl-C
+            dist.broadcast(state, 0)
+        progress, stopped = state.tolist()
         ended = progress >= 1 or stopped
         if ended and stage == "vae":
             measure_latents(averaged.vae, next(batches(dataset, 4, 0, device)))
@@ -273,7 +271,7 @@ def train_stage(stage, settings, models, averaged, dataset, saved):
             group["lr"] = share * (settings.rate or settings.rates[name] / len(STAGES[stage]))
         torch.manual_seed((seed * 1_000_003 + step) * WORLD + RANK)       # one seed a step
         with torch.autocast(device.type, torch.bfloat16, settings.bf16):
-            parts = stage_losses(stage, models, batch)
+            parts = stage_losses(stage, models, batch, step)
         sum(parts.values()).backward()
         norm = torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0, foreach=True)
         parts["gradient"] = norm.full_tensor() if WORLD > 1 else norm
