@@ -83,7 +83,7 @@ Ch, csc_matrix = [type(name, (SimpleNamespace,), {}) for name in ("Ch", "csc_mat
 
 
 def write_mano(path, rng):
-    """A MANO pickle of triangles here and there, with chumpy's and scipy's globals."""
+    """A MANO pickle of triangles here and there, with objects like chumpy's and scipy's."""
     joints = csc_matrix(_shape=(16, 778), indices=np.arange(16), data=[1.0] * 16)
     joints.indptr = np.arange(779).clip(0, 16)                       # joint j is vertex j
     shapes = Ch(a=Ch(x=rng.normal(0, 1e-3, 23340)), idxs=np.arange(23340))
@@ -94,10 +94,7 @@ def write_mano(path, rng):
     content["weights"] = rng.dirichlet([1] * 16, 778)
     content["f"] = rng.integers(0, 778, (200, 3))
     content["kintree_table"] = np.array([PARENTS, PARENTS])
-    text = pickle.dumps(content, 2).decode("latin1")
-    text = text.replace(f"c{__name__}\nCh", "cchumpy.ch\nCh")
-    text = text.replace(f"c{__name__}\ncsc", "cscipy.sparse.csc\ncsc")
-    path.write_bytes(text.encode("latin1"))
+    path.write_bytes(pickle.dumps(content, 2))
 
 
 def write_cameras(folder, degrees=0):
