@@ -954,21 +954,18 @@ def open_dataset(name, split, root, mano_dir, length=None, **settings):
     except (ImportError, AttributeError, TypeError, LookupError) as error:
         raise ValueError(f"--data: expected synthetic, taco or MODULE:CLASS (see README): {error}")
     example = SyntheticHOI("val", **settings)[0]
-    if not isinstance(own.get("prompt"), str):
-        raise ValueError("--data: expected prompt, a str, in each sample")
-    for key in ("video", "pseudo", "scale", "tracks", "visible", "intrinsics", "extrinsics"):
-        found = own[key] if torch.is_tensor(own.get(key)) else torch.tensor(torch.nan)
-        wanted, got = [f"{key}: {x.dtype} {tuple(x.shape)}" for x in (example[key], found)]
-        low, high = found.aminmax()
-        inside = key not in ("video", "pseudo") or -1.001 < low < -0.2 and high < 1.001
-        if got != wanted or not inside or not found.isfinite().all():
-            raise ValueError(f"--data: expected {wanted}, finite, videos in [-1,1] and with values "
-                             f"under -0.2; got {got}, {low:.2f} to {high:.2f}")
-    uv, _ = project(own["tracks"][:, 0], own["intrinsics"], own["extrinsics"])
-    apart = (uv - track_grid(settings["size"], settings["stride"])).norm(dim=-1)
-    if not (apart * own["visible"][:, 0]).max() <= settings["stride"]:        # NaN too
-        raise ValueError("--data: expected track k in cell k of frame 0: are tracks in metres, "
-                         "cameras world -> camera?")
+    for key in example.keys() - {"part"}:
+        pair = example[key], own.get(key)
+        wanted, got = [(getattr(x, "dtype", type(x)), getattr(x, "shape", "")) for x in pair]
+        if got != wanted:
+            raise ValueError(f"--data: expected {key}: {wanted}, got {got}")
+    known = own["scale"], own["intrinsics"], own["extrinsics"], settings["stride"]
+    read, _ = pseudo_video_to_tracks((own["pseudo"] + 1) / 2, *known)
+    apart = (read - own["tracks"]).norm(dim=-1)[own["visible"]].median()
+    if not apart < 0.05 * own["scale"].max() or not -1.001 < own["video"].min() < -0.2:
+        raise ValueError("--data: expected video and pseudo in [-1,1], cameras world -> camera, and "
+                         "in metres the tracks that pseudo tells, track k in cell k; got tracks "
+                         f"{apart:.2f} m apart")
     return dataset
 
 

@@ -173,19 +173,19 @@ def write_results(result, out, mp4):
         for kind in ("video", "motion") if mp4 else ():
             for view, clip in enumerate(result[kind]):
                 iio.imwrite(draft / f"{kind}_view{view}.mp4", enlarged(clip), fps=FPS, **h264)
-        keys = "tracks", "valid", "anchors", "intrinsics", "extrinsics", "scale", "prompt"
-        np.savez(draft / "tracks.npz", fps=FPS, **{key: result[key] for key in keys})
+        keys = "valid", "anchors", "intrinsics", "extrinsics", "scale", "prompt"
+        content = {key: result[key] for key in keys} | {"fps": FPS}
+        np.savez(draft / "tracks.npz", tracks=result["tracks"], **content)
         sheet = result["sheet"]
         frames = enlarged(sheet)
         iio.imwrite(draft / "overview.gif", frames, duration=1000 / FPS, loop=0)
         iio.imwrite(draft / "overview.png", np.concatenate(frames[::4], 1))
-        content = {"prompt": result["prompt"], "names": result["names"], "fps": FPS}
-        for key in ("intrinsics", "extrinsics", "scale", "anchors", "given", "valid"):
-            content[key] = result[key].tolist()
-        content["points"] = (1000 * result["tracks"]).round().int().tolist()  # (V,N,K,3) mm
+        content |= {"names": result["names"], "given": result["given"]}
+        content["points"] = (1000 * result["tracks"]).round().int()           # (V,N,K,3) mm
         png = iio.imwrite("<bytes>", film_strip(sheet, len(frames)).numpy(), extension=".png")
         content["sheet"] = "data:image/png;base64," + base64.b64encode(png).decode()
-        text = json.dumps(content).replace("<", "\\u003c")    # the prompt must not end the script
+        text = json.dumps(content, default=torch.Tensor.tolist)
+        text = text.replace("<", "\\u003c")                  # the prompt must not end the script
         page = (SHIPPED.parent / "assets/viewer.html").read_text("utf-8").replace("__DATA__", text)
         (draft / "viewer.html").write_text(page, encoding="utf-8")
         for old in [*out.glob("video_view*.mp4"), *out.glob("motion_view*.mp4")]:
