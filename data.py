@@ -963,8 +963,8 @@ def open_dataset(name, split, root, mano_dir, length=None, **settings):
     read, _ = pseudo_video_to_tracks((own["pseudo"] + 1) / 2, *known)
     apart = (read - own["tracks"]).norm(dim=-1)[own["visible"]].median()
     if not apart < 0.05 * own["scale"].max() or not -1.001 < own["video"].min() < -0.2:
-        raise ValueError("--data: expected video and pseudo in [-1,1], cameras world -> camera, and "
-                         "in metres the tracks that pseudo tells, track k in cell k; got tracks "
+        raise ValueError("--data: expected video and pseudo in [-1,1], cameras world -> camera, "
+                         "tracks in metres as pseudo tells them, track k in cell k; they are "
                          f"{apart:.2f} m apart")
     return dataset
 
