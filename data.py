@@ -962,10 +962,12 @@ def open_dataset(name, split, root, mano_dir, length=None, **settings):
     known = own["scale"], own["intrinsics"], own["extrinsics"], settings["stride"]
     read, _ = pseudo_video_to_tracks((own["pseudo"] + 1) / 2, *known)
     apart = (read - own["tracks"]).norm(dim=-1)[own["visible"]].median()
-    if not apart < 0.05 * own["scale"].max() or not -1.001 < own["video"].min() < -0.2:
+    low, high = own["video"].aminmax()
+    ranged = -1.001 < low < -0.2 and high < 1.001                             # NaN is not
+    if not ranged or not apart < 0.05 * own["scale"].max():
         raise ValueError("--data: expected video and pseudo in [-1,1], cameras world -> camera, "
-                         "tracks in metres as pseudo tells them, track k in cell k; they are "
-                         f"{apart:.2f} m apart")
+                         "tracks in metres as pseudo tells them, track k in cell k; got video "
+                         f"{low:.2f} to {high:.2f}, tracks {apart:.2f} m apart")
     return dataset
 
 
