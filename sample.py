@@ -109,7 +109,7 @@ def read_rig(path, models):
         uv, depth = project(centre, intrinsics, extrinsics)
         away = (uv / size - 0.5).abs().amax()
         seen = away < 0.45 and 0.05 < depth.amin() < 20                    # so NaN is refused too
-        if path and not seen:
+        if rig != models.config["rig"] and not seen:
             raise ValueError("they do not see the scene's centre")
         return intrinsics, extrinsics, [view["name"] for view in views]
     except Exception as error:
@@ -318,7 +318,7 @@ def evaluate(models, settings):
     kept = {}
     if settings.json:                                             # before the work, not after it
         settings.json.parent.mkdir(parents=True, exist_ok=True)
-        kept = json.loads(settings.json.read_bytes()) if settings.json.exists() else {}
+        kept = dict(json.loads(settings.json.read_bytes())) if settings.json.exists() else {}
     shape = {key: models.config[key] for key in ("size", "frames", "views", "stride")}
     shape |= dict(seed=0, cache=None)
     dataset = open_dataset(source, split, settings.data_root, settings.mano_dir, **shape)

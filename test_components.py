@@ -61,7 +61,7 @@ def batch():
 
 @pytest.fixture(scope="session")
 def scene():
-    return data.SyntheticHOI("val")[1]
+    return data.SyntheticHOI("val")[6]
 
 
 def close(a, b, tolerance=1e-5):
@@ -166,7 +166,7 @@ class TestData:
         tracks = torch.tensor([[[near, far], [far, near]]])                  # two frames
         pseudo, _ = data.tracks_to_pseudo_video(tracks, None, *camera, (16, 24))
         assert close(pseudo[0, :, :, 8, 12].T, torch.tensor([0.51667, 0.525, 0.3]))
-        assert close(pseudo[0, :, 0, 0, 0], torch.tensor([0.02083, 0.03125, 0]))       # background
+        assert close(pseudo[0, :, 0, 8, 19], torch.tensor([0.8125, 0.53125, 0]))       # background
 
     def test_votes_undo_the_drawing(self, scene):
         cameras = scene["intrinsics"], scene["extrinsics"]
@@ -179,6 +179,28 @@ class TestData:
             tracks, _ = data.pseudo_video_to_tracks(pseudo, scale, *cameras, 4)
             assert (tracks - truth).norm(dim=3)[seen].median() < limit       # metres
 
+    def test_tracks_are_visible_where_nothing_is_before_them(self):
+        size = 64, 96
+        camera = data.camera_rig(1, size)
+        behind = 0.7 * data.pixel_centres(size).flatten(0, 1) + 10           # two plates
+        shift = 16 * torch.arange(3).view(3, 1)
+        before = behind.repeat(3, 1, 1)                                      # moves, in 3 frames
+        before[..., 0] = 0.36 * behind[:, 0] + shift
+        uv = torch.cat([before, behind.expand_as(before)], 1)[None]
+        depth = torch.full(uv.shape[:3], 0.6)
+        depth[:, :, :64 * 96] = 0.5
+        points = data.unproject(uv, depth, *camera)
+        pseudo, scale = data.tracks_to_pseudo_video(points, None, *camera, size)
+        tracks, found = data.tracks_on_grid(points, camera, size, 4)
+        video = torch.zeros(3, 3, *size)
+        visible = data.one_view(video, pseudo, scale, tracks, found, camera)["visible"]
+        uv, depth = data.project(tracks, *camera)
+        edge = (uv[0, :, :, 0] - shift - 15.7).abs() - 12.1                  # pixels from it
+        free = (depth[0] < 0.55) | (edge > 0)
+        clear = found & (edge.abs() > 1.5)
+        assert torch.equal(visible[clear], free[clear])
+        assert not free[clear].all()
+
     def test_references_move_with_their_tracks(self, scene):
         given = [True, True, False]                          # the last view's nearest: the middle
         cameras = scene["intrinsics"], scene["extrinsics"]
@@ -190,9 +212,10 @@ class TestData:
         for view, own in enumerate(given):
             drawn = carried[view] != 0
             assert drawn.float().mean() > 0.2
-            assert error[view][drawn].mean() < 0.25      # without motion .28, of a wrong view .31
+            wrong = error[view][drawn].mean()
+            assert wrong < 0.25                          # unmoved .31, of the left view .30
             if own:
-                assert error[view][drawn].mean() < 0.5 * still[view][drawn].mean()
+                assert wrong < 0.5 * still[view][drawn].mean()
                 assert error[view][:, 0][drawn[:, 0]].max() < 1e-3
         assert not data.carry_references(tracks, seen & False, *known).any()
 
@@ -254,7 +277,8 @@ class TestData:
         uv, depth = data.project(tracks, *cameras)
         assert 0.2 < depth[visible].min() < depth[visible].max() < 2         # metres
         anchors = data.track_grid(size[::-1], 4)               # what cell k shows in frame 0
-        assert (uv[:, 0] - anchors)[visible[:, 0]].abs().max() < 0.6
+        away = (uv[:, 0] - anchors).abs()
+        assert away[visible[:, 0]].max() < 0.6
         first = pseudo[:, 2, 0, 1:-1, 1:-1]                    # four pixels around each centre
         around = -F.max_pool2d(-first, 2, 4).flatten(1)
         assert visible[:, 0][around > 0.15].all()
@@ -533,7 +557,8 @@ class TestNetworks:
 
     def test_zero_rounds_equal_the_plain_sampler(self, models, batch):
         closed, opened = states(models, batch), states(models, batch, loop=False)
-        for one, other in zip(opened, states(models, batch, aligned=False)):
+        plain = states(models, batch, aligned=False)
+        for one, other in zip(opened, plain):
             assert torch.equal(one.z_V, other.z_V)
         assert torch.equal(closed[0].z_V, opened[0].z_V)            # the first step is unguided
         assert not close(closed[1].z_V, opened[1].z_V)
@@ -739,8 +764,8 @@ class TestPrograms:
         for number, flag in enumerate(flags):
             assert run(number, f"--stage base --steps 2 {flag}") == 0
             average = torch.load(f"{number}/checkpoint.pt")["average"]
-            total = sum(x.double().sum().item() for x in average.values())
-            results.add(total)
+            totals = [x.double().sum() for x in average.values()]
+            results.add(sum(totals).item())
         assert len(results) == len(flags), results
 
     @each("fault, flags, word", [
@@ -813,7 +838,8 @@ class TestPrograms:
         Path("rig.json").write_text(json.dumps(rig), "utf-8-sig")
         assert close(sample.read_rig(Path("rig.json"), models)[0], expected, 1e-3)
         models.dpa.scene_centre += 1                       # its own cameras are never refused
-        assert close(sample.read_rig(None, models)[0], expected)
+        for path in (None, Path("rig.json")):
+            assert close(sample.read_rig(path, models)[0], expected, 1e-3)
 
     @each("key, change", [("extrinsics", np.linalg.inv), ("extrinsics", np.transpose),
                           ("intrinsics", lambda K: K / [[48], [32], [1]]),

@@ -205,7 +205,7 @@ def measure(models, dataset, settings):
     names = ["left", "centre", "right"] if views == 3 else [f"view {v}" for v in range(views)]
     rows = zip(names, *[matrices.tolist() for matrices in cameras])
     rig = [dict(name=name, intrinsics=lens, extrinsics=pose) for name, lens, pose in rows]
-    config |= settings.shape | dict(data=settings.data, rig=dict(size=settings.size, views=rig))
+    config |= settings.shape | dict(data=settings.data, rig=dict(size=[*settings.size], views=rig))
 
 
 def save(settings, models, averaged, optimiser, stage, step, spent):
