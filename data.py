@@ -1000,7 +1000,7 @@ def lesson(stride=4):
     iio.imwrite("out/data.png", repeat(rows, "h w c -> (h a) (w b) c", a=3, b=3).numpy())
     print("wrote out/data.png (of each view: video, pseudo video) and the first frames,")
     print("out/ref0.png to ref2.png. Try lesson(stride=2): four times the tracks; the exact one is")
-    print("read to 1.5 mm, the noisy one, with fewer votes a cell, to some 11.")
+    print("read to 1.1 mm, the noisy one, with fewer votes a cell, to some 11.")
 
 
 if __name__ == "__main__":
