@@ -630,7 +630,7 @@ class SyntheticHOI(Scenes):
     """A procedural stand-in for TACO: a right hand works with a tool, a left hand holds the target.
     split: `train`, `val` (its triplets in new scenes) or `unseen` (held-out triplets). A sample:
     `video`, `pseudo` (V,3,N,H,W) in [-1,1], `scale` (V,2), `tracks` (V,N,K,3), `visible` (V,N,K),
-    `part` (V,K; hands 0 and 1, tool 2, target 3, table 4), `intrinsics`, `extrinsics`, `prompt`."""
+    `part` (V,K; arms 0 and 1, tool 2, target 3, table 4), `intrinsics`, `extrinsics`, `prompt`."""
     SPLITS = ("train", "val", "unseen")
 
     def __init__(self, split, length=None, **settings):

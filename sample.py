@@ -198,8 +198,9 @@ def write_results(result, out, mp4):
 
 OPEN, FULL, ONE = "DPA, no loop", "closed loop (full)", "one reference: "
 SINGLE, JOINT = "one view at a time", "joint motion (MJD), no DPA"
+PAPER = "closed loop, the paper's guidance alone"
 ROWS = {SINGLE: {"alone": True, "aligned": False}, JOINT: {"aligned": False}, OPEN: {"loop": False}}
-ROWS |= {"closed loop, the paper's guidance alone": {"carry": False}, FULL: {}}
+ROWS |= {PAPER: {"carry": False}, FULL: {}}
 ROWS |= {ONE + OPEN: {"one": True, "loop": False}, ONE + FULL: {"one": True}}  # options of generate
 
 
@@ -245,8 +246,10 @@ def scores(result, scene):
     across = both.diff(dim=-1)[..., 1:, :].square()
     down = both.diff(dim=-2)[..., 1:].square()
     slope = (across + down).sum(2).sqrt()[:, moving[..., 1:, 1:]].mean(1)     # (2,)
-    seen = scene["visible"] & result["valid"].any(1, keepdim=True)
-    seen[:, 0] = False                                                        # frame 0 is given
+    visible = scene["visible"].clone()
+    visible[:, 0] = False                                                     # it is given
+    found = result["valid"].any(1, keepdim=True)
+    seen = visible & found
     hands = seen & (scene.get("part", torch.full((1, 1), 3)) != 3)[:, None]   # TACO tells none
     wrong = result["tracks"] - points                                         # (V,N,K,3)
     error = wrong.norm(dim=-1)
@@ -263,7 +266,8 @@ def scores(result, scene):
         psnr_moving=moving_psnr(video, truth), sharpness=slope[0] / slope[1],
         matching_pixels=matching_pixels(video, scene), rpe=100 * relative.mean(),
         mv_rpe=100 * torch.cat(differences).mean(), pi=100 * (relative < 0.25).float().mean(),
-        tracks_cm=100 * error[seen].mean(), hands_tool_cm=100 * error[hands].mean())
+        tracks_cm=100 * error[seen].mean(), hands_tool_cm=100 * error[hands].mean(),
+        found=100 * seen.sum() / visible.sum())
 
 
 def made(models, scene, name, options):
@@ -341,8 +345,8 @@ def evaluate(models, settings):
     report["ablation"] = [{"name": name} | summary(found[name]) for name in ROWS]
     report |= {name: summary(found[name]) for name in ("baseline", "ceiling")}
     report["action_accuracy"] = summary(trials) | {"trials": len(trials)}
-    report["loop_gain"] = {start + FULL: summary(found[start + FULL], found[start + OPEN])
-                           for start in ("", ONE)}
+    pairs = {FULL: OPEN, PAPER: OPEN, ONE + FULL: ONE + OPEN}
+    report["loop_gain"] = {name: summary(found[name], found[less]) for name, less in pairs.items()}
     print(json.dumps(report, indent=1))
     if settings.json:
         settings.json.write_text(json.dumps(kept | {split: report}, indent=1))
