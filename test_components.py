@@ -602,8 +602,8 @@ class TestNetworks:
     def test_the_shipped_weights_are_as_good_as_ever(self, scene):
         models = cycle.load_models(cycle.SHIPPED / "small.pt")
         found = sample.scores(sample.generate(models, scene, one=True, steps=2), scene)
-        assert found["psnr_moving"] > 16.4                                   # 16.91
-        assert found["rpe"] < 2.5                                            # 1.91
+        assert found["psnr_moving"] > 16.7                                   # 17.16
+        assert found["rpe"] < 2.6                                            # 2.05
 
     @each("stage, path", [("vae", "flow"), ("base", "flow"), ("base", "cosine"), ("dpa", "flow")])
     def test_each_network_overfits_one_scene(self, models, batch, stage, path):
@@ -888,7 +888,7 @@ class TestPrograms:
         assert worse["matching_pixels"] < found["matching_pixels"]
 
     def test_matching_pixels_are_the_same_at_any_size(self, scene):
-        video = scene["video"][:, :, :3]
+        video = scene["video"][:, :, :1]
         sample.matching_pixels(video[..., :63, :], scene)                    # an odd number of rows
         lenses = scene["intrinsics"].clone()
         lenses[:, :2] *= 2
