@@ -892,8 +892,8 @@ class TACO(Scenes):
         chosen = "+".join(rf"eq(n\,{frame})" for frame in window)
         graph = f"select={chosen},crop={crop},scale={width}:{height}:flags=area+accurate_rnd"
         graph += ",setpts=N/30/TB"                     # one after the other, or some are dropped
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", path, "-vf", graph]
-        command += f"-nostdin -v error -xerror -frames:v {self.frames} -r 30".split()
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-err_detect", "explode", "-i", path]
+        command += f"-vf {graph} -nostdin -v error -xerror -frames:v {self.frames} -r 30".split()
         command += "-f rawvideo -pix_fmt rgb24 -".split()
         done = subprocess.run(command, capture_output=True)
         if len(done.stdout) != self.frames * height * width * 3:
