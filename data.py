@@ -133,6 +133,11 @@ def colour(anchors, depth, hit, scale=None):
     return pseudo.movedim(-1, 1), scale
 
 
+def metric_depth(blue, near, far):
+    """The depth in metres that a blue tells: `colour` undone. The background's is below near."""
+    return near + (far - near) * (blue - FOREGROUND_BLUE) / (1 - FOREGROUND_BLUE)
+
+
 def splat(uv, depth, shown, size, radius):
     """z-buffer of discs around uv (V,N,P,2), depth (V,N,P), where shown: winner (V,N,H,W),
     the slot that each pixel sees, and hit (V,N,H,W). The nearest wins, at equal depth the nearest
@@ -161,7 +166,7 @@ def tracks_to_pseudo_video(tracks, visible, intrinsics, extrinsics, size, scale=
     shown = True if visible is None else visible
     first = uv[:, 0]                                                          # (V, K, 2)
     anchors = first if anchors is None else anchors.expand_as(first)
-    cell = min((size[0] * size[1] / tracks.shape[2]) ** 0.5, 8)       # pixels; fewer are no grid
+    cell = min((size[0] * size[1] / tracks.shape[2]) ** 0.5, 8)      # pixels; a few are no grid
     radius = max(DISC, TOUCHING * cell)
     winner, hit = splat(uv, depth, shown, size, radius)
     index = winner.flatten(2)                                                 # (V, N, H W)
@@ -188,7 +193,7 @@ def one_view(video, pseudo, scale, tracks, found, camera):
     uv, depth = project(tracks, intrinsics, extrinsics)                       # (1, N, K)
     blue = pseudo[:, 2].flatten(2)                                            # (1, N, H W)
     near, far = scale[0]
-    shown = near + (far - near) * (blue - FOREGROUND_BLUE) / (1 - FOREGROUND_BLUE)
+    shown = metric_depth(blue, near, far)
     around = cells_around(uv, video.shape[2:], 1)
     gaps = torch.stack([shown.gather(2, pixel) - depth for pixel, _, _ in around])
     visible = gaps.abs().amin(0) < depth / intrinsics[0, 0, 0]
@@ -222,19 +227,20 @@ def carry_references(tracks, valid, camera, references, given, stride):
     return torch.where(hit[:, None], seen, 0.0)
 
 
-def count_votes(pseudo, scale, stride):
-    """Sums (V,N,K,4) of the votes for every cell: u, v, depth and weight. A foreground pixel votes
-    for the four cells nearest to the anchor its colour names, less its offset from their middle."""
-    views, _, frames, height, width = pseudo.shape
-    across = width // stride
-    down = height // stride
+def pseudo_video_to_tracks(pseudo, scale, intrinsics, extrinsics, stride):
+    """Denorm & Unproj: pseudo (V,3,N,H,W) in [0,1] -> tracks (V,N,K,3), and valid (V,N,K), else 0.
+    A foreground pixel votes for the four cells nearest to the anchor its colour names, less its
+    offset from their middle. A track is the mean of its votes, valid where it has any, and
+    foreground in frame 0."""
+    size = pseudo.shape[3:]
+    views, frames = scale.shape[0], pseudo.shape[2]
+    down, across = [side // stride for side in size]
     pictures = rearrange(pseudo, "v c n h w -> (v n) h w c")
     place = (pictures[..., 2] > FOREGROUND_THRESHOLD).nonzero(as_tuple=True)  # P votes
     picture, row, column = place
     red, green, blue = pictures[place].unbind(-1)
     near, far = scale[picture // frames].unbind(-1)
-    normalised = (blue - FOREGROUND_BLUE) / (1 - FOREGROUND_BLUE)
-    depth = near + (far - near) * normalised.clamp(0, 1)
+    depth = metric_depth(blue.clamp(FOREGROUND_BLUE, 1), near, far)
     one = torch.ones_like(depth)
     vote = torch.stack([column + 0.5, row + 0.5, depth, one], -1)             # (P, 4)
     total = vote.new_zeros(views * frames * down * across, 4)
@@ -245,17 +251,11 @@ def count_votes(pseudo, scale, stride):
         offset = torch.stack([x, y], -1)
         moved = vote - F.pad(stride * offset, (0, 2))
         total.index_add_(0, slot, moved * weight[:, None])
-    return total.view(views, frames, -1, 4)
-
-
-def pseudo_video_to_tracks(pseudo, scale, intrinsics, extrinsics, stride):
-    """Denorm & Unproj: pseudo (V,3,N,H,W) in [0,1] -> tracks (V,N,K,3), and valid (V,N,K), else 0.
-    A track is the mean of its votes, valid where it has any, and foreground in frame 0."""
-    total = count_votes(pseudo, scale, stride)                                # (V, N, K, 4)
+    total = total.view(views, frames, -1, 4)                                  # (V, N, K, 4)
     weight = total[..., 3:]
     mean = total / weight.clamp_min(1e-6)
     uv, depth = mean[..., :2], mean[..., 2]
-    centres = track_grid(pseudo.shape[3:], stride).to(pseudo)
+    centres = track_grid(size, stride).to(pseudo)
     x, y = centres.long().unbind(-1)
     started = pseudo[:, 2, :1, y, x] > FOREGROUND_THRESHOLD                   # (V, 1, K)
     valid = started[..., None] & (weight > 1e-3)                              # (V, N, K, 1)

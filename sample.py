@@ -247,7 +247,7 @@ def scores(result, scene):
     down = both.diff(dim=-2)[..., 1:].square()
     slope = (across + down).sum(2).sqrt()[:, moving[..., 1:, 1:]].mean(1)     # (2,)
     visible = scene["visible"].clone()
-    visible[:, 0] = False                                                     # it is given
+    visible[:, 0] = False                                               # frame 0 is given
     found = result["valid"].any(1, keepdim=True)
     seen = visible & found
     hands = seen & (scene.get("part", torch.full((1, 1), 3)) != 3)[:, None]   # TACO tells none
