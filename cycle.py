@@ -164,7 +164,7 @@ def draw_guidance(models, tracks, valid, scale, cameras, references, given):
 def joint_losses(models, batch, given, loop=True, aligned=True):
     """Alg. 1, one training step, from a collated sample dict (B,V,...) and given (B,V), views whose
     reference is shown: a dict of loss parts whose sum is L = L_MJD + L_DPA. loop=False leaves out
-    line 3, aligned=False (the MJD's warm-up, Sec. 4.2) also lines 5 and 6."""
+    line 3, aligned=False (the MJD's warm-up, Sec. 4.2) lines 5 and 6."""
     vae, mjd, dpa, scheduler = models.vae, models.mjd, models.dpa, models.scheduler
     cameras, P = (batch["intrinsics"], batch["extrinsics"]), batch["prompt"]
     # line 1: s and M_pv, a dense ProjNorm(M), come with the sample; encode (z_V starts with z_I)
@@ -200,7 +200,7 @@ def joint_losses(models, batch, given, loop=True, aligned=True):
         # line 5: step to the clean motion estimate, decode, denormalise: the coarse tracks
         clean, _ = scheduler.predict(v_Mpv, z_Mpvt, t)
         coarse, valid = read_tracks(models, clean, s_hat, cameras)
-        # line 6: M_bar = G_DPA(M_t, coarse, t); Eq. 4, its Chamfer part on 256 tracks of both
+        # line 6: M_bar = G_DPA(M_t, coarse, t); Eq. 4 on tracks read and truly seen (Chamfer: 256)
         v_M = dpa(M_t, coarse, valid, t, coefficients, anchors, eyes)
         error_M = (v_M - scheduler.velocity(M, noise_M, t)).square().mean((2, 4))
         scored = valid.any(2) & batch["visible"].any(2)                       # (B, V, K)
@@ -219,7 +219,7 @@ class SampleState(NamedTuple):
     z_Mpv: torch.Tensor
     scale: torch.Tensor      # (B,V,2) metres
     coarse: torch.Tensor     # (B,V,N,K,3) metres: the tracks read from z_Mpv
-    valid: torch.Tensor      # (B,V,N,K) bool
+    valid: torch.Tensor      # (B,V,N,K) bool: read there; a track is good in all frames if in any
     tracks: torch.Tensor     # (B,V,N,K,3) metres: the DPA's, or without it the coarse ones
     guidance: torch.Tensor   # of the next step, (B,V,2,C,n,h,w), or None
 
@@ -231,7 +231,7 @@ def sample(models, I, given, P, cameras, steps=4, seed=0, loop=True, aligned=Tru
     SampleState a step. I: references (B,V,3,H,W) in [-1,1], ignored where given (B,V) is False; P:
     B prompts; cameras: intrinsics, extrinsics (B,V,...). loop=False: no guidance; aligned=False: no
     DPA either; carry=False: the paper's guidance alone; text_scale: classifier-free guidance;
-    temperature: share of the paper's noise: small networks turn what they do not know into it."""
+    temperature: share of the paper's noise, of which small networks leave some in the result."""
     vae, mjd, dpa, scheduler = models.vae, models.mjd, models.dpa, models.scheduler
     size, frames = I.shape[-2:], models.config["frames"]
     latent = vae.channels, *vae.latent_size(frames, *size)

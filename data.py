@@ -193,9 +193,9 @@ def one_view(video, pseudo, scale, tracks, found, camera):
     uv, depth = project(tracks, intrinsics, extrinsics)                       # (1, N, K)
     blue = pseudo[:, 2].flatten(2)                                            # (1, N, H W)
     near, far = scale[0]
-    shown = metric_depth(blue, near, far)
+    surface = metric_depth(blue, near, far)
     around = cells_around(uv, video.shape[2:], 1)
-    gaps = torch.stack([shown.gather(2, pixel) - depth for pixel, _, _ in around])
+    gaps = torch.stack([surface.gather(2, pixel) - depth for pixel, _, _ in around])
     visible = gaps.abs().amin(0) < depth / intrinsics[0, 0, 0]
     visible &= ((uv >= 0) & (uv < uv.new_tensor(video.shape[:1:-1]))).all(-1)
     visible[:, 0] = True
@@ -318,7 +318,7 @@ TRIPLETS = [(action, tool, target) for action, (tools, targets) in ACTIONS.items
             for tool in tools.split() for target in targets.split()]
 UNSEEN = TRIPLETS[3::6]                # kept out of training; all their words occur in the others
 
-# Every piece is the quadric x^2 + y^2 + k z^2 = 1 with low <= z <= high: here 1, 1, k, low, high.
+# Every piece is a quadric a x^2 + b y^2 + c z^2 = 1 with low <= z <= high: a, b, c, low, high.
 SHAPES = {"ball": "1 1 1 -9 9", "bowl": "1 1 1 -9 0", "dish": "1 1 1 -9 -.35", "tube": "1 1 0 -1 1",
           "plane": "0 0 1 -9 9"}
 # A piece a row: whose it is, colour, shape, both ends of its z axis, half sizes along x and y; cm.
@@ -506,7 +506,7 @@ def motion(action, target, draw, frames):
 
 def lay_out(action, tool, target, draw, frames):
     """A scene. Its pieces: pose, inverse (P,N,4,4), shape (P,5), colours (P,2,3; surface, stripe),
-    part (P,). eye: the place of the lamp (3,)."""
+    part (P,). lamp_place (3,), metres."""
     def hue(low, high):
         wave = torch.tensor([0, 2.1, 4.2]) + draw(0, math.tau)
         return (low + (high - low) * (wave.cos() + 1) / 2).tolist()
@@ -530,7 +530,7 @@ def lay_out(action, tool, target, draw, frames):
     scene["shape"] = torch.stack([numbers(SHAPES[name]) for name in shapes])
     colours = [(surface[name], stripe[name]) for name in names]
     scene["colours"] = torch.tensor(colours)
-    scene["eye"] = torch.tensor([draw(-.5, .3), draw(-.4, .1), 1.1])
+    scene["lamp_place"] = torch.tensor([draw(-.5, .3), draw(-.4, .1), 1.1])
     return scene
 
 
@@ -543,13 +543,13 @@ def cast(scene, camera, size):
     ahead = unproject(uv, uv.new_ones(1), *camera)
     direction = (ahead - origin).movedim(-1, 0)                                     # (3, ...)
     descent = -direction[2]
-    depth = origin[2] / descent.clamp_min(origin[2] / 3)     # beyond 3 m the table meets the ray
+    depth = origin[2] / descent.clamp_min(origin[2] / 3)     # no ray goes on for more than 3 m
     depth = depth.repeat(scene["pose"].shape[1], 1, 1)
     piece = torch.full_like(depth, -1, dtype=torch.long)
     # Left, top, right, bottom of where each piece may be: around the corners of its box
     corners = origin.new_tensor(list(itertools.product((-1, 1), repeat=3)))
     corners = transform(corners, scene["pose"][:-1, :, None])
-    uv, _ = project(corners.flatten(1, 2), *camera)                                 # (P, N 8, 2)
+    uv, _ = project(corners.flatten(1, 2), *camera)                                 # (P-1, N 8, 2)
     low, high = (2 * uv).aminmax(dim=1)
     windows = torch.cat([low, high + 1], -1)
     windows = windows.ceil().clamp_min(0).long()
@@ -599,7 +599,7 @@ def paint(scene, origin, points, piece):
     light *= (100 * (1.21 - depth)).exp()
     outside = place.abs().amax(-1) > 1
     light = light.clamp(max=1).masked_fill(outside, 1)
-    sun = F.normalize(scene["eye"], dim=0)
+    sun = F.normalize(scene["lamp_place"], dim=0)
     light *= (normal @ sun).clamp_min(0)
     light = .6 * light + .43 + .1 * normal[..., 2]           # some comes from the sky
     video = (colour * light[..., None]).clamp(0, 1)
@@ -661,7 +661,7 @@ class SyntheticHOI(Scenes):
         scene = lay_out(action, tool, target, draw, self.frames)
         scene = {name: column.to(self.device) for name, column in scene.items()}
         # The lamp is one more camera, whose depth maps make the shadows.
-        eye = scene["eye"]
+        eye = scene["lamp_place"]
         scene["lamp"] = look_at(eye, 0 * eye, 50 * eye.norm(), (40, 40))
         _, _, depth, _ = cast(scene, scene["lamp"], (40, 40))
         maps = (100 * (depth[:, None] - 1.2)).exp()
@@ -773,7 +773,8 @@ class TACO(Scenes):
         raw = table.read_bytes() if table.is_file() else b""
         text = raw.decode(json.detect_encoding(raw))                             # UTF-16 too
         listed = dict(re.findall(r"([\w-]+) *, *(\w+)\s*$", text, re.M))         # sequence, split
-        for folder in sorted(self.root.glob("Hand_Poses/*/*")):
+        poses = self.root / "Hand_Poses"
+        for folder in sorted(poses.glob("*/*")):
             name = "/".join(folder.parts[-2:])                                   # triplet/sequence
             tenth = np.random.default_rng([*folder.name.encode()]).integers(10)  # a hash
             part = "train" if tenth else "val"
@@ -783,7 +784,7 @@ class TACO(Scenes):
                 part = listed.get(folder.name)
             if split in ("all", part):
                 self.names.append(name)
-        if not self.names and split != "val":          # a small part may have nothing held out
+        if not self.names and (split != "val" or not poses.exists()):  # all may be trained on
             raise ValueError(f"expected {root}/Hand_Poses/*/* of split {split}, got none")
         self.models = {side: load_mano(mano_dir, side.upper()) for side in ("left", "right")}
 

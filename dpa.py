@@ -65,7 +65,7 @@ def serialize(points, group, patch, shift=0):
 
 def voxelize(points, size, group=0):
     """Sparsification (Sec. 3.4): points (..., 3) of groups (...) -> sorted keys (X,) of voxels, the
-    voxel of each point, and their sizes (X,). The paper drops points too, ours are few."""
+    voxel of each point, and their points (X,). The paper drops points too, ours are few."""
     keys = group
     for cell in grid_cells(points, size).unbind(-1):
         keys = (keys << GRID_BITS) + cell                                     # group, x, y, z
@@ -174,7 +174,7 @@ class DPA(nn.Module):
         super().__init__()
         self.patch = patch
         self.register_buffer("scene_centre", torch.tensor([0.0, 0.0, 0.05]))
-        self.embed_point = nn.Linear(3 + KNOWN, dim)      # the noisy point, and what is known
+        self.embed_point = nn.Linear(3 + KNOWN, dim)      # what the noisy point tells, and KNOWN
         self.embed_coarse = nn.Linear(KNOWN, dim)
         self.embed_time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(),
                                         nn.Linear(dim, dim), nn.SiLU())
@@ -202,7 +202,7 @@ class DPA(nn.Module):
         slots = seen.nonzero(as_tuple=True)                                   # 3 of (R,)
         batch = slots[0]
         coarse, std = fill_invalid(self.normalise(coarse).transpose(2, 3), valid)
-        # The error is largest along the ray, so the network sees it and may answer along it.
+        # Beyond the paper: anchor, frame, and the ray, as most of the error lies along it.
         eyes = self.normalise(camera_centres)[:, :, None, None]
         ray = F.normalize(coarse - eyes, dim=-1)                              # (B, V, K, N, 3)
         alpha, sigma = [value.view(-1, 1, 1, 1, 1) for value in coefficients[:2]]
@@ -211,8 +211,8 @@ class DPA(nn.Module):
         anchor = fourier(anchors, 4)[:, None]                                 # (K, 1, 16)
         step = torch.arange(valid.shape[-1], device=t.device)                 # (N,)
         frame = fourier(step[:, None] / 64, 6)                                # (N, 12), period 64
-        known = told, valid[..., None], coarse, ray, anchor, frame
-        known = torch.cat([part.expand(*valid.shape, -1) for part in known], -1)[slots]
+        inputs = told, valid[..., None], coarse, ray, anchor, frame
+        inputs = torch.cat([part.expand(*valid.shape, -1) for part in inputs], -1)[slots]
         # Voxels, and curves along z-order and transposed z-order, of all views at each time step
         group = (batch[:, None] * len(step) + step).flatten()                 # (T,)
         points = self.denormalise(coarse[slots]).flatten(0, 1)                # (T, 3)
@@ -221,8 +221,8 @@ class DPA(nn.Module):
         curves = [serialize(points, group, self.patch),
                   serialize(points[:, [1, 0, 2]], group, self.patch, shift=self.patch // 2)]
         # Beyond the paper, a noisy point brings its coarse one: cross-attention alone does worse.
-        x = self.embed_point(known)                                           # (R, N, D)
-        context = rms_norm(self.embed_coarse(known[..., 3:]))
+        x = self.embed_point(inputs)                                          # (R, N, D)
+        context = rms_norm(self.embed_coarse(inputs[..., 3:]))
         mask = F.pad(valid[slots], (0, len(step)), value=1)[:, None, None]    # (R, 1, 1, 2 N)
         time = self.embed_time(timestep_embedding(t[batch], x.shape[-1]))[:, None]
         for i, block in enumerate(self.blocks):

@@ -153,7 +153,7 @@ class ConvBlock(nn.Module):
 
 
 class VideoVAE(nn.Module):
-    """Causal video VAE of colour and motion pseudo videos alike (the paper's E and Dec: Wan2.2's).
+    """Causal video VAE of colour and motion pseudo videos alike (E, Dec; the paper's: Wan2.2's).
     Frame 0 is a group of its own, then every r_n frames are one, folded into channels. A linear
     projection of whole patches carries most of the picture, 2D convolutions add what it misses."""
     def __init__(self, strides, channels, widths, depth):
@@ -298,7 +298,7 @@ class Block(nn.Module):
 
     def between_views(self, x, places, turn):
         """Inter-view geometry attention of x (B,V,T,D): all views at one latent time, each modality
-        by itself; `turn` tells places, not views. Scale and register tokens have neither: 0."""
+        by itself; `turn` tells places, not views. Scale and register tokens take no part: 0."""
         batch, views = x.shape[:2]
         x = rearrange(x[:, :, SPECIAL:], "b v (times p) d -> (b times) (v p) d", p=places)
         x = self.inter_view(x, turn=turn[:, SPECIAL:SPECIAL + places].repeat(1, views, 1))
@@ -389,8 +389,8 @@ class MJD(nn.Module):
         estimate = rearrange(estimate, "b v k (n h w) (c y x) -> b v k c n (h y) (w x)", n=frames,
                              h=height // PATCH, y=PATCH, x=PATCH)             # (B,V,2,C,n,h,w)
         estimate[:, :, 0] += reference                 # untrained, it repeats the reference frame
-        shown = torch.zeros_like(estimate) if guidance is None else guidance
-        pictures = rearrange(torch.cat([estimate, shown], 2), "b v k c n h w -> (b v n) (k c) h w")
+        guide = torch.zeros_like(estimate) if guidance is None else guidance
+        pictures = rearrange(torch.cat([estimate, guide], 2), "b v k c n h w -> (b v n) (k c) h w")
         seams = self.last(pictures)
         seams = rearrange(seams, "(b v n) (k c) h w -> b v k c n h w", b=len(video), k=2, n=frames)
         velocity = posterior_velocity(estimate + seams, self.deviation, noisy, coefficients)

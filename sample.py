@@ -6,8 +6,8 @@
     python sample.py --eval --json eval.json                    # the numbers of the README
 
 Into --out it writes video_view*.mp4, motion_view*.mp4, overview.png, overview.gif, viewer.html and
-tracks.npz: tracks (V,N,K,3) metres, world, valid (V,N,K), anchors (K,2) pixels, cameras, scale,
-fps, prompt. Sizes come from the checkpoint; same seed, same files (on a CPU).
+tracks.npz: tracks (V,N,K,3) metres, world, good if ever valid (V,N,K); anchors (K,2) pixels,
+cameras, scale, fps, prompt. Sizes come from the checkpoint; same seed, same files (on a CPU).
 """
 
 import argparse
@@ -59,8 +59,8 @@ def parse(arguments=None):
     add("--split", default="val", help="scenes of --eval: val or unseen")
     add("--scenes", type=int, default=48, help="how many scenes of --eval")
     add("--data", help="scenes of --eval, named as for train.py; else what was trained on")
-    add("--data-root", type=user_path, default=".", help="folder of the TACO data set")
-    add("--mano-dir", type=user_path, default=".", help="folder of MANO_LEFT.pkl, MANO_RIGHT.pkl")
+    add("--data-root", type=user_path, default="TACO", help="folder of the TACO data set")
+    add("--mano-dir", type=user_path, default="MANO", help="of MANO_LEFT.pkl and MANO_RIGHT.pkl")
     add("--json", type=user_path, help="file in which --eval keeps its tables")
     settings = parser.parse_args(arguments)
     for name, (least, most) in LIMITS.items():
@@ -205,8 +205,8 @@ ROWS |= {ONE + OPEN: {"one": True, "loop": False}, ONE + FULL: {"one": True}}  #
 
 
 def matching_pixels(video, scene):
-    """Tab. 1 and 3: how many patches (7 x 7 colours, every 2 pixels) of two views at one time are
-    each other's nearest by cosine, over 0.7, within 1.5 pixels of the epipolar line. Blur helps."""
+    """For Tab. 1's, of a network: patches (7 x 7 colours, every 2 pixels) of two views at one time
+    that are each other's nearest by cosine, over 0.7, within 1.5 pixels of the epipolar line."""
     factor = max(1, video.shape[3] // 64)              # at any size, the pixels of some 64 rows
     video = F.avg_pool3d(video, (1, factor, factor))
     frames, height, width = video.shape[2:]
@@ -217,13 +217,13 @@ def matching_pixels(video, scene):
     patches = F.normalize(patches, dim=-1).unflatten(0, (-1, frames))
     pixel = track_grid((height - 5, width - 5), 2) + 2.5
     pixel = F.pad(factor * pixel, (0, 1), value=1.0)                          # (P,3)
-    turn = scene["extrinsics"][:, :3, :3].mT @ torch.linalg.inv(scene["intrinsics"])
+    to_ray = scene["extrinsics"][:, :3, :3].mT @ torch.linalg.inv(scene["intrinsics"])
     number = torch.arange(len(pixel))
-    rays, eyes = pixel @ turn.mT, camera_centres(scene["extrinsics"])         # (V,P,3), (V,3)
+    rays, eyes = pixel @ to_ray.mT, camera_centres(scene["extrinsics"])         # (V,P,3), (V,3)
     counts = []
     for a, b in combinations(range(len(video)), 2):
         # A ray of a and the centre of b span a plane: in b's picture a line.
-        line = torch.linalg.cross(rays[a], (eyes[a] - eyes[b])[None]) @ turn[b]
+        line = torch.linalg.cross(rays[a], (eyes[a] - eyes[b])[None]) @ to_ray[b]
         distance = (line @ pixel.mT).abs() / line[:, :2].norm(dim=1, keepdim=True)
         for one, other in zip(patches[a], patches[b]):                        # (P,D)
             cosine = one @ other.mT

@@ -964,7 +964,7 @@ class TestPrograms:
         text = (HERE / "README.md").read_text("utf-8")
         scripts = {name: (HERE / name).read_text("utf-8") for name in SCRIPTS}
         for name, script in scripts.items():
-            count = re.search(rf"^\| `{name}` \| ([\d,]+) \|", text, re.MULTILINE)[1]
+            count = re.search(rf"^`{name}` \| ([\d,]+) \|", text, re.MULTILINE)[1]
             lines = script.splitlines()
             assert int(count.replace(",", "")) == pytest.approx(len(lines), rel=0.05), name
             assert max(map(len, lines)) <= 100, name
@@ -980,4 +980,4 @@ class TestPrograms:
         keys = "psnr_moving", "sharpness", "matching_pixels", "mv_rpe", "hands_tool_cm"
         for row in (*report["ablation"], report["baseline"], report["ceiling"]):
             cells = [f"{row[key]:.2f}±{row[key + '_ci']:.2f}" for key in keys]
-            assert f"| {' | '.join(cells)} |" in text, row
+            assert f" | {' | '.join(cells)}\n" in text, row
