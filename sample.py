@@ -44,7 +44,7 @@ def parse(arguments=None):
     add("--print-cameras", action="store_true", help="print the default rig as JSON and stop")
     add("--eval", action="store_true", help="measure on held-out scenes")
     add = parser.add_argument
-    add("--prompt", default="<spoon, stir, bowl>", help="<tool, action, target>")
+    add("--prompt", default="<brush, brush, pan>", help="<tool, action, target>")
     add("--cameras", type=user_path, help="rig, in the format of --print-cameras")
     add("--weights", type=user_path, default=SHIPPED / "small.pt", help="checkpoint of train.py")
     add("--out", type=user_path, default="out/sample", help="folder to write into")
@@ -67,7 +67,7 @@ def parse(arguments=None):
         if not least <= getattr(settings, name) <= most:                   # so NaN is refused too
             parser.error(f"--{name.replace('_', '-')}: expected {least} to {most:g}")
     if not settings.prompt.strip():
-        parser.error("--prompt: expected words, as in '<spoon, stir, bowl>'")
+        parser.error("--prompt: expected words, as in '<brush, brush, pan>'")
     settings.options = {name: getattr(settings, name) for name in LIMITS}
     return settings
 
