@@ -543,7 +543,7 @@ def cast(scene, camera, size):
     ahead = unproject(uv, uv.new_ones(1), *camera)
     direction = (ahead - origin).movedim(-1, 0)                                     # (3, ...)
     descent = -direction[2]
-    depth = origin[2] / descent.clamp_min(origin[2] / 3)     # no ray goes on for more than 3 m
+    depth = origin[2] / descent.clamp_min(origin[2] / 3)     # no depth is over 3 m
     depth = depth.repeat(scene["pose"].shape[1], 1, 1)
     piece = torch.full_like(depth, -1, dtype=torch.long)
     # Left, top, right, bottom of where each piece may be: around the corners of its box

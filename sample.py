@@ -205,7 +205,7 @@ ROWS |= {ONE + OPEN: {"one": True, "loop": False}, ONE + FULL: {"one": True}}  #
 
 
 def matching_pixels(video, scene):
-    """For Tab. 1's, of a network: patches (7 x 7 colours, every 2 pixels) of two views at one time
+    """In place of Tab. 1's network: patches (7 x 7 colours, every 2 pixels) of two views at a time
     that are each other's nearest by cosine, over 0.7, within 1.5 pixels of the epipolar line."""
     factor = max(1, video.shape[3] // 64)              # at any size, the pixels of some 64 rows
     video = F.avg_pool3d(video, (1, factor, factor))
@@ -219,7 +219,7 @@ def matching_pixels(video, scene):
     pixel = F.pad(factor * pixel, (0, 1), value=1.0)                          # (P,3)
     to_ray = scene["extrinsics"][:, :3, :3].mT @ torch.linalg.inv(scene["intrinsics"])
     number = torch.arange(len(pixel))
-    rays, eyes = pixel @ to_ray.mT, camera_centres(scene["extrinsics"])         # (V,P,3), (V,3)
+    rays, eyes = pixel @ to_ray.mT, camera_centres(scene["extrinsics"])       # (V,P,3), (V,3)
     counts = []
     for a, b in combinations(range(len(video)), 2):
         # A ray of a and the centre of b span a plane: in b's picture a line.

@@ -897,7 +897,7 @@ class TestPrograms:
         assert close(found, sample.matching_pixels(video, scene), 0.5)
         assert found > 20
 
-    def test_taco_trains_samples_and_is_evaluated(self, monkeypatch, tree):
+    def test_taco_trains_samples_and_is_evaluated(self, monkeypatch, capsys, tree):
         monkeypatch.setattr(train, "validate", VALIDATE)                     # nothing is held out
         source = f"--data taco --data-root {tree} --mano-dir {tree}"
         assert run("out", f"--steps 2 --views 3 --batch 2 {source}") == 0
@@ -918,6 +918,7 @@ class TestPrograms:
         table = json.loads(Path("new/eval.json").read_text())
         assert "all" in table and table["unseen"]["scenes"] == 1
         assert call(sample, f"{flags} --eval") == 2                          # not without the data
+        assert "Hand_Poses" in one_line(capsys)
         Path("broken/split.csv").write_text(f"{TREE[0]},val\n{TREE[1]},train\n")
         assert run("again", f"--stage base --steps 1 --views 3 {broken}") == 0
 
