@@ -278,7 +278,7 @@ class Scenes(Dataset):
 
     def cached(self, name, make):
         """The sample of `make()`; if there is a cache, kept in a file, whole or not at all."""
-        settings = self.size, self.frames, self.views, self.stride, self.seed
+        settings = self.split, self.size, self.frames, self.views, self.stride, self.seed
         path = self.cache and Path(self.cache) / f"{name} {settings}.pt"
         try:
             sample = torch.load(path, weights_only=True)
@@ -316,7 +316,7 @@ ACTIONS = {                            # tools and targets; every pair makes a t
 }
 TRIPLETS = [(action, tool, target) for action, (tools, targets) in ACTIONS.items()
             for tool in tools.split() for target in targets.split()]
-UNSEEN = TRIPLETS[3::6]                # kept out of training; all their words occur in the others
+UNSEEN = TRIPLETS[3::6]      # kept out of training, by place (append); the others have their words
 
 # Every piece is a quadric a x^2 + b y^2 + c z^2 = 1 with low <= z <= high: a, b, c, low, high.
 SHAPES = {"ball": "1 1 1 -9 9", "bowl": "1 1 1 -9 0", "dish": "1 1 1 -9 -.35", "tube": "1 1 0 -1 1",
@@ -453,7 +453,7 @@ def held(name, grip, pose, left):
 
 
 def motion(action, target, draw, frames):
-    """Poses (N,4,4; cm to the world) of tool and target: what an action word means."""
+    """Poses (N,4,4; cm to the world) of tool and target: what an action, N frames long, means."""
     unit = draw(.0095, .0105)                                # metres for a cm of the tables
     height, reach = unit * numbers(GRIPS[target])[:2]        # of the work
     base = torch.tensor([draw(-.005, .015), draw(-.015, .005), 0]).expand(frames, 3)
@@ -645,7 +645,7 @@ class SyntheticHOI(Scenes):
 
     def scene(self, index, action=None):
         """Sample `index`; with `action` the same first frame under another action."""
-        name = f"world{CACHE_VERSION} {self.split} {index} {action}"
+        name = f"world{CACHE_VERSION} {index} {action}"
         return self.cached(name, lambda: self.render(index, action))
 
     def render(self, index, action):
@@ -794,7 +794,7 @@ class TACO(Scenes):
         for name in self.names[first:] + self.names[:first]:
             try:
                 if name not in self.report:
-                    return self.cached(f"taco7 {self.split} {name}", lambda: self.read(name))
+                    return self.cached(f"taco7 {name}", lambda: self.read(name))
             except Exception as error:                 # of a damaged file readers raise anything
                 if getattr(error, "errno", None) == errno.ENOSPC:       # the cache's disk is full
                     raise

@@ -5,9 +5,9 @@
     python sample.py --print-cameras > rig.json                 # edit it, then: --cameras rig.json
     python sample.py --eval --json eval.json                    # the numbers of the README
 
-Into --out it writes video_view*.mp4, motion_view*.mp4, overview.png, overview.gif, viewer.html and
-tracks.npz: tracks (V,N,K,3) metres, world, good if ever valid (V,N,K); anchors (K,2) pixels,
-cameras, scale, fps, prompt. Sizes come from the checkpoint; same seed, same files (on a CPU).
+It writes into --out video_view*.mp4 and motion_view*.mp4 (enlarged), overview.png, overview.gif,
+viewer.html, tracks.npz: tracks (V,N,K,3) metres, world, a view's own, good if ever valid (V,N,K);
+anchors (K,2), cameras (pixels of the checkpoint's size), scale, fps, prompt. Same seed, same files.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def parse(arguments=None):
     add("--eval", action="store_true", help="measure on held-out scenes")
     add = parser.add_argument
     add("--prompt", default="<brush, brush, pan>", help="<tool, action, target>")
-    add("--cameras", type=user_path, help="rig, in the format of --print-cameras")
+    add("--cameras", type=user_path, help="rig as of --print-cameras (size: height, width)")
     add("--weights", type=user_path, default=SHIPPED / "small.pt", help="checkpoint of train.py")
     add("--out", type=user_path, default="out/sample", help="folder to write into")
     add("--steps", type=int, default=4, help="denoising steps")
@@ -188,7 +188,7 @@ def write_results(result, out, mp4):
         text = text.replace("<", "\\u003c")                  # the prompt must not end the script
         page = (SHIPPED.parent / "assets/viewer.html").read_text("utf-8").replace("__DATA__", text)
         (draft / "viewer.html").write_text(page, encoding="utf-8")
-        for old in [*out.glob("video_view*.mp4"), *out.glob("motion_view*.mp4")]:
+        for old in [*out.glob("video_view[0-9]*.mp4"), *out.glob("motion_view[0-9]*.mp4")]:
             old.unlink()                                      # of a run that had more views
         for path in draft.iterdir():
             path.replace(out / path.name)
@@ -207,8 +207,8 @@ ROWS |= {ONE + OPEN: {"one": True, "loop": False}, ONE + FULL: {"one": True}}  #
 def matching_pixels(video, scene):
     """In place of Tab. 1's network: patches (7 x 7 colours, every 2 pixels) of two views at a time
     that are each other's nearest by cosine, over 0.7, within 1.5 pixels of the epipolar line."""
-    factor = max(1, video.shape[3] // 64)              # at any size, the pixels of some 64 rows
-    video = F.avg_pool3d(video, (1, factor, factor))
+    factor = video.shape[3] / 64                       # at any size, the pixels of 64 rows
+    video = F.interpolate(video, scale_factor=(1, 1 / factor, 1 / factor), mode="area")
     frames, height, width = video.shape[2:]
     # Patches (V,N,P,D) less the mean of their clip, at length 1, or 0 where they are flat.
     centred = video - video.mean((2, 3, 4), keepdim=True)

@@ -733,6 +733,7 @@ class TestPrograms:
         with monkeypatch.context() as patch:
             stop_in_step(patch, step)
             patch.setitem(train.TINY, "checkpointing", True)         # to the last bit the same
+            patch.setattr(train, "SAVE_EVERY", 0)                    # after each step
             assert run("parts", flags) == 0
         assert run("parts", f"{flags} --resume --workers 1") == 0
         assert signal.getsignal(signal.SIGINT) is handler
@@ -758,6 +759,15 @@ class TestPrograms:
         assert run("out", "--stage dpa --minutes 1e-9 --size 48x48 --frames 9") == 0
         weights = torch.load("out/checkpoint.pt")["weights"]
         assert torch.equal(weights["mjd.modality"], average["mjd.modality"])
+
+    def test_a_stage_run_again_sees_other_batches(self, monkeypatch, capsys):
+        losses = Mock(wraps=train.stage_losses)
+        monkeypatch.setattr(train, "stage_losses", losses)
+        for _ in range(2):
+            assert run("out", "--stage vae --steps 2") == 0
+        scales = [made.args[2]["scale"].sum().item() for made in losses.call_args_list]
+        assert scales[:2] != scales[2:]
+        assert "trained: ['vae']" in capsys.readouterr().out
 
     def test_each_flag_changes_the_result(self):
         flags = ["", "--size 48x48", "--views 1", "--frames 9", "--batch 3", "--rate 1e-5",

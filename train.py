@@ -30,10 +30,10 @@ from torch.utils.data import DataLoader
 from cycle import (DEVICES, SHIPPED, Models, fold, joint_losses, load_models, moving_psnr,
                    run_program, sample, use_bf16, user_path, usual_scale)
 from data import FOREGROUND_THRESHOLD, camera_rig, film_strip, open_dataset
-from mjd import Attention
+from mjd import PATCH, Attention
 
 STAGES = {"vae": ["vae"], "base": ["mjd"], "dpa": ["dpa"], "joint": ["mjd", "dpa"]}   # trains what
-LOG_EVERY, SAVE_EVERY = 20, 200      # steps
+LOG_EVERY, SAVE_EVERY = 20, 300      # steps, seconds
 UNGUIDED, SINGLE_VIEW, TEXT_DROPOUT = 3, 5, 0.1    # each third step of joint, fifth but vae's
 RANK = int(os.environ.get("RANK", 0))                # this process, of WORLD that torchrun starts
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -50,8 +50,8 @@ TINY = dict(size=(32, 48), frames=5, views=2, stride=4, batch=2, scenes=16, comp
             mjd=dict(dim=64, heads=2, depth=2, hidden=128, text_tokens=16),
             dpa=dict(dim=32, depth=2, heads=2, patch=32))
 SMALL = dict(size=(64, 96), frames=13, views=3, stride=4, batch=4, scenes=800, compile=True,
-             checkpointing=False, rates=dict(vae=1e-3, mjd=1.5e-3, dpa=2e-3), minutes=56,
-             lengths=dict(vae=7, base=20, dpa=9, joint=20), path="flow",
+             checkpointing=False, rates=dict(vae=1e-3, mjd=1.5e-3, dpa=4e-3), minutes=56,
+             lengths=dict(vae=7, base=17, dpa=12, joint=20), path="flow",
              vae=dict(strides=(4, 8, 8), channels=96, widths=(96, 144), depth=2),
              mjd=dict(dim=320, heads=5, depth=6, hidden=832, text_tokens=16),
              dpa=dict(dim=96, depth=3, heads=2, patch=128))
@@ -80,10 +80,10 @@ def parse(arguments=None):
     add("--views", type=int, help="cameras")
     add("--frames", type=int, help="frames, 1 + a multiple of 4")
     length = parser.add_mutually_exclusive_group().add_argument
-    length("--steps", type=int, help="of each stage, in place of the preset's length")
-    length("--minutes", type=float, help="of the whole command, shared among its stages")
+    length("--steps", type=int, help="of each stage, with those before --resume")
+    length("--minutes", type=float, help="of all its stages, with those before --resume")
     add("--batch", type=int, help="scenes a step and process")
-    add("--rate", type=float, help="peak learning rate")
+    add("--rate", type=float, help="peak learning rate of all networks")
     add("--out", type=user_path, help="run folder, default runs/PRESET")
     add("--resume", action="store_true", help="go on from checkpoint.pt of the run folder")
     add("--device", default=DEVICES[0], choices=DEVICES, help="where to train")
@@ -102,8 +102,9 @@ def parse(arguments=None):
         value = getattr(settings, name)
         if value is not None and not 0 < value < math.inf:                   # so NaN is refused too
             parser.error(f"--{name}: expected a number above 0, got {value}")
-    if [side % 16 for side in settings.size] != [0, 0] or min(settings.size) < 16:
-        parser.error("--size: expected HxW, both multiples of 16")
+    unit = math.lcm(PATCH * settings.vae["strides"][1], settings.stride)
+    if [side % unit for side in settings.size] != [0, 0] or min(settings.size) < unit:
+        parser.error(f"--size: expected HxW, both multiples of {unit}")
     if WORLD > 1 and torch.__version__ < "2.8":
         parser.error(f"torchrun: expected torch 2.8 or newer, got {torch.__version__}")
     if not 0 <= settings.seed < 1_000_000:
@@ -172,7 +173,7 @@ def load(settings):
     settings.out.mkdir(parents=True, exist_ok=True)
     checkpoint, source = settings.out / "checkpoint.pt", SHIPPED / f"{settings.preset}.pt"
     if settings.stage == "all" and checkpoint.exists() and not settings.resume:
-        raise ValueError(f"--stage all: found {checkpoint}: give --resume, or another --out")
+        raise ValueError(f"--stage all: found {checkpoint}: --resume goes on, another --out begins")
     wanted = {name: getattr(settings, name) for name in ("vae", "mjd", "dpa", "path")}
     if settings.resume:
         wanted |= settings.shape | dict(data=settings.data)
@@ -248,19 +249,20 @@ def train_stage(stage, settings, models, averaged, dataset, saved):
         dcp.set_optimizer_state_dict(models, optimiser, saved["optimiser"], options=WHOLE)
     else:
         models.config["trained"].append(dict(stage=stage, data=settings.data))
-    seed = settings.seed * len(STAGES) + list(STAGES).index(stage)
-    begun = time.perf_counter() - spent
+    seed = 1000 * settings.seed + len(models.config["trained"])     # a stage run again sees others
+    begun, saved_at = time.perf_counter() - spent, spent
     data = batches(dataset, settings.batch, seed * WORLD + RANK, device, step, settings.workers)
     for batch in data:
-        progress = (spent / 60 if settings.minutes else step) / settings.lengths[stage]
-        state = torch.tensor([progress, settings.stop.is_set()])
+        state = torch.tensor([spent, settings.stop.is_set()])
         if WORLD > 1:                          # all go by the first one's clock and its Ctrl-C
             dist.broadcast(state, 0)
-        progress, stopped = state.tolist()
+        spent, stopped = state.tolist()
+        progress = (spent / 60 if settings.minutes else step) / settings.lengths[stage]
         ended = progress >= 1 or stopped
         if ended and stage == "vae":
             measure_latents(averaged.vae, next(batches(dataset, 4, 0, device)))
-        if ended or step and step % SAVE_EVERY == 0:
+        if ended or spent - saved_at > SAVE_EVERY:
+            saved_at = spent
             save(settings, models, averaged, optimiser, stage, step, spent)
             validate(settings, averaged, stage, step)
         if ended:
@@ -359,7 +361,8 @@ def train(arguments=None):
             raise ValueError(f"--resume: expected --stage {saved['stage']}, where {source} is")
         models.load_state_dict(saved["weights"])
     if RANK == 0:
-        print(f"from {source} into {settings.out}, on {device.type}", flush=True)
+        done = [run["stage"] for run in models.config["trained"]]
+        print(f"from {source} (trained: {done}) into {settings.out}, on {device.type}", flush=True)
     Attention.fused = settings.fused
     for net in (models, averaged) if WORLD > 1 else ():
         # FSDP2: each process keeps its part of the weights, block by block.
