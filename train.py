@@ -50,8 +50,8 @@ TINY = dict(size=(32, 48), frames=5, views=2, stride=4, batch=2, scenes=16, comp
             mjd=dict(dim=64, heads=2, depth=2, hidden=128, text_tokens=16),
             dpa=dict(dim=32, depth=2, heads=2, patch=32))
 SMALL = dict(size=(64, 96), frames=13, views=3, stride=4, batch=4, scenes=800, compile=True,
-             checkpointing=False, rates=dict(vae=1e-3, mjd=1.5e-3, dpa=4e-3), minutes=56,
-             lengths=dict(vae=7, base=17, dpa=12, joint=20), path="flow",
+             checkpointing=False, rates=dict(vae=1e-3, mjd=1.5e-3, dpa=2e-3), minutes=56,
+             lengths=dict(vae=7, base=20, dpa=9, joint=20), path="flow",
              vae=dict(strides=(4, 8, 8), channels=96, widths=(96, 144), depth=2),
              mjd=dict(dim=320, heads=5, depth=6, hidden=832, text_tokens=16),
              dpa=dict(dim=96, depth=3, heads=2, patch=128))
