@@ -254,6 +254,7 @@ class TestData:
     def test_the_cache_gives_equal_samples_and_survives_damage(self, batch):
         plain = data.SyntheticHOI("val", **TINY)[0]
         assert not close(plain["video"], batch["video"], 0.1)       # which is of `train`
+        data.SyntheticHOI("train", cache="cache", **TINY)[0]        # beside it, another split's
         for number in range(3):                                     # written, read, mended
             found = data.SyntheticHOI("val", cache="cache", **TINY)[0]
             assert close(found["video"], plain["video"])
@@ -759,6 +760,8 @@ class TestPrograms:
         assert run("out", "--stage dpa --minutes 1e-9 --size 48x48 --frames 9") == 0
         weights = torch.load("out/checkpoint.pt")["weights"]
         assert torch.equal(weights["mjd.modality"], average["mjd.modality"])
+        monkeypatch.setitem(train.TINY, "stride", 12)
+        assert run("out", "--stage dpa") == 2                                # no whole cells
 
     def test_a_stage_run_again_sees_other_batches(self, monkeypatch, capsys):
         losses = Mock(wraps=train.stage_losses)
@@ -821,11 +824,11 @@ class TestPrograms:
 
     def test_old_files_go_and_no_ffmpeg_costs_the_mp4s(self, monkeypatch, capsys):
         Path("motion_view7.mp4").write_text("old")
-        Path("my_view.mp4").write_text("own file")
-        monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", os.path.abspath("my_view.mp4"))  # not executable
+        Path("video_view_own.mp4").write_text("own file")
+        monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", os.path.abspath("video_view_own.mp4"))
         assert shoot(".", "") == 0
         assert "ffmpeg" in capsys.readouterr().out
-        kept = "my_view.mp4 overview.gif overview.png tracks.npz viewer.html"
+        kept = "overview.gif overview.png tracks.npz video_view_own.mp4 viewer.html"
         assert sorted(os.listdir()) == kept.split()
 
     def test_every_path_is_expanded(self, tmp_path, monkeypatch, capsys):

@@ -80,8 +80,8 @@ def parse(arguments=None):
     add("--views", type=int, help="cameras")
     add("--frames", type=int, help="frames, 1 + a multiple of 4")
     length = parser.add_mutually_exclusive_group().add_argument
-    length("--steps", type=int, help="of each stage, with those before --resume")
-    length("--minutes", type=float, help="of all its stages, with those before --resume")
+    length("--steps", type=int, help="of each stage, those before --resume included")
+    length("--minutes", type=float, help="of all its stages, those before --resume included")
     add("--batch", type=int, help="scenes a step and process")
     add("--rate", type=float, help="peak learning rate of all networks")
     add("--out", type=user_path, help="run folder, default runs/PRESET")
