@@ -1,10 +1,9 @@
-"""The closed loop (Sec. 3.5, Alg. 1): scheduler, joint training losses and the sampling loop, whose
-step is
+"""The closed loop (Sec. 3.5, Alg. 1): scheduler, training losses, sampling loop. A step of it:
 
                   z_V,t, z_Mpv,t  (B,V,C,n,h,w)                    M_t  (B,V,N,K,3)
                         |                                           |
     z_I, P, rays --> [ MJD ] --> v_V, v_Mpv: clean z_V, z_Mpv; s    |
-          +------------>|                  |                        |
+          +-------------^                  |                        |
           |                                v                        |
           |                 VAE decode, Denorm & Unproj             |
           |                 coarse tracks (B,V,N,K,3) metres --> [ DPA ]
@@ -13,7 +12,7 @@ step is
           +--- (B,V,2,C,n,h,w), guidance of the *next* step: z~, and (beyond the paper) the
                reference pictures carried along the aligned tracks
 
-Symbols: the paper's and mjd.py's glossary; v_V, v_Mpv, v_M and s_hat are what the networks say.
+Symbols: the paper's and mjd.py's glossary; v_V, v_Mpv, v_M, s_hat (in `sample`: s) are estimates.
 Run `python cycle.py` for a picture of the loop."""
 
 import math
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import nn
 from torch.utils.data import default_collate
 
@@ -33,7 +32,7 @@ from mjd import MJD, VideoVAE
 
 SHIPPED = Path(__file__).parent / "weights"
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]       # the first is the default
-TYPICAL_DEPTH = 0.707        # metres to the scene's middle, where the scale is scale_centre
+TYPICAL_DEPTH = 0.707        # metres: of a scene whose middle is as far, the scale is scale_centre
 fold = nn.Flatten(0, 1)      # (B,V,...) -> (B V,...): data.py's functions take any number of views
 
 
@@ -66,7 +65,7 @@ class DDIMScheduler:
         return alpha_dot * clean + sigma_dot * noise
 
     def predict(self, velocity, noisy, t):
-        """Estimates of z_0 (flow: z_t - t v) and z_1: the two equations above, solved."""
+        """Estimates of z_0 (flow: z_t - t v) and z_1, from add_noise and velocity, solved."""
         alpha, sigma, alpha_dot, sigma_dot = self.coefficients(t, noisy.ndim)
         determinant = alpha * sigma_dot - sigma * alpha_dot
         clean = (sigma_dot * noisy - sigma * velocity) / determinant
@@ -79,17 +78,17 @@ class DDIMScheduler:
         alpha, sigma, _, _ = self.coefficients(t, noisy.ndim)
         alpha_next, sigma_next, _, _ = self.coefficients(t_next, noisy.ndim)
         ratio = alpha * sigma_next / (alpha_next * sigma)
-        new = eta * (1 - ratio.square().clamp(max=1)).sqrt()
-        noise = (1 - new.square()).sqrt() * noise + new * fresh
+        share = eta * (1 - ratio.square().clamp(max=1)).sqrt()           # of fresh noise
+        noise = (1 - share.square()).sqrt() * noise + share * fresh
         return self.add_noise(clean, noise, t_next)
 
     def shifted(self, t):
-        """Evenly spread t in [0,1], the paper's -> more of them near noise, Wan2.2's shift of 5."""
+        """Even t in [0,1], the paper's -> t gathered near noise: Wan2.2's shift of 5."""
         return 5 * t / (1 + 4 * t)
 
 
 class Models(nn.Module):
-    """The three networks, fresh, and what a checkpoint knows of them: config holds "vae", "mjd" and
+    """The three networks, new, and what a checkpoint knows of them: config holds "vae", "mjd" and
     "dpa" (keyword dicts), "path", "size", "frames", "views", "stride", and from train.py "data",
     "rig" and "trained"."""
     device = property(lambda models: models.mjd.special.device)
@@ -118,16 +117,16 @@ def load_models(path, device="cpu"):
 
 
 def usual_scale(models, extrinsics):
-    """The scale (B,V,2) in metres to expect of cameras (B,V,4,4): a typical one, moved to where the
-    scene's middle is. Small networks do not learn from rays how far off a camera is."""
+    """A first guess (B,V,2), metres, of the scale for cameras (B,V,4,4): scale_centre, moved by how
+    far off the scene's middle is. Small networks do not learn that distance from rays."""
     depth = transform(models.dpa.scene_centre, extrinsics)[..., 2:]
     return models.mjd.scale_centre + depth - TYPICAL_DEPTH
 
 
 def conditions(models, cameras, given, size):
     """What the networks are told: rays (B,V,6,H,W), anchors (K,2) in [0,1] of the picture, camera
-    centres (B,V,3) in metres; fixed (B,V,1,n,1,1): latent frame 0 of the views given (B,V), which
-    stays z_I; and the usual scale (B,V,2)."""
+    centres (B,V,3) in metres; fixed (B,V,1,n,1,1) bool, True at latent frame 0 of the views given
+    (B,V), which stays z_I; and the usual scale (B,V,2)."""
     rays = plucker_rays(*map(fold, cameras), size).unflatten(0, given.shape)
     anchors = track_grid(size, models.config["stride"]).to(rays)
     anchors /= rays.new_tensor(size).flip(0)
@@ -140,7 +139,7 @@ def conditions(models, cameras, given, size):
 @torch.no_grad()
 def read_tracks(models, motion, scale, cameras):
     """Denorm & Dec: clean motion latents (B,V,C,n,h,w) and scale (B,V,2) -> coarse tracks
-    (B,V,N,K,3) in metres and valid (B,V,N,K). No gradient: L_DPA does not train the MJD."""
+    (B,V,N,K,3) in metres and valid (B,V,N,K). No gradient (ours): L_DPA trains the DPA alone."""
     pseudo = (models.vae.decode(motion, "motion") + 1) / 2                    # (B,V,3,N,H,W)
     found = pseudo_video_to_tracks(*map(fold, (pseudo, scale, *cameras)), models.config["stride"])
     return [x.unflatten(0, scale.shape[:2]) for x in found]
@@ -152,12 +151,12 @@ def draw_guidance(models, tracks, valid, scale, cameras, references, given):
     references (B,V,3,H,W) of the views given (B,V), carried along them, for the video tokens."""
     encode = models.vae.encode
     shown = valid.any(2, keepdim=True)                                        # (B, V, 1, K)
-    views = map(fold, (tracks, shown, *cameras))
-    pseudo, _ = tracks_to_pseudo_video(*views, references.shape[-2:], fold(scale))
+    folded = map(fold, (tracks, shown, *cameras))
+    pseudo, _ = tracks_to_pseudo_video(*folded, references.shape[-2:], fold(scale))
     motion = encode(2 * pseudo - 1, "motion").unflatten(0, given.shape)
     scenes = zip(tracks, valid, zip(*cameras), references, given)
-    carried = [carry_references(*scene, models.config["stride"]) for scene in scenes]
-    carried = encode(torch.stack(carried), "video")
+    pictures = [carry_references(*scene, models.config["stride"]) for scene in scenes]
+    carried = encode(torch.stack(pictures), "video")
     return torch.stack([carried, motion], 2)
 
 
@@ -167,7 +166,7 @@ def joint_losses(models, batch, given, loop=True, aligned=True):
     line 3, aligned=False (the MJD's warm-up, Sec. 4.2) lines 5 and 6."""
     vae, mjd, dpa, scheduler = models.vae, models.mjd, models.dpa, models.scheduler
     cameras, P = (batch["intrinsics"], batch["extrinsics"]), batch["prompt"]
-    # line 1: s and M_pv, a dense ProjNorm(M), come with the sample; encode (z_V starts with z_I)
+    # line 1: s and M_pv (of all surface points) are the sample's; encode (z_V starts with z_I)
     I, s, M = batch["video"][:, :, :, 0], batch["scale"], dpa.normalise(batch["tracks"])
     z_V = vae.encode(batch["video"], "video").detach()
     z_Mpv = vae.encode(batch["pseudo"], "motion").detach()
@@ -184,32 +183,32 @@ def joint_losses(models, batch, given, loop=True, aligned=True):
     if loop:
         with torch.no_grad():
             _, v_Mpv, s_hat = mjd(z_Vt, z_Mpvt, t, coefficients, P, rays, usual, given)
-            clean, _ = scheduler.predict(v_Mpv, z_Mpvt, t)     # z_Mpvt itself reads 5-12 cm off
+            clean, _ = scheduler.predict(v_Mpv, z_Mpvt, t)     # read from z_Mpvt: 5-12 cm off
             coarse, valid = read_tracks(models, clean, s_hat, cameras)
             v_M = dpa(M_t, coarse, valid, t, coefficients, anchors, eyes)
             M_tilde = dpa.denormalise(scheduler.predict(v_M, M_t, t)[0])
             guidance = draw_guidance(models, M_tilde, valid, s_hat, cameras, I, given)
         torch.clear_autocast_cache()     # else torch < 2.10 reuses weights cast without gradient
-    # line 4: (v_V, v_Mpv, s) = G_MJD(z_V,t, z_Mpv,t + z~, z_I, P, t); "+": a learned projection
+    # line 4: (v_V, v_Mpv, s_hat) = G_MJD(z_V,t, z_Mpv,t + z~, z_I, P, t); "+": by a projection
     v_V, v_Mpv, s_hat = mjd(z_Vt, z_Mpvt, t, coefficients, P, rays, usual, given, guidance)
     error_V = torch.where(fixed, 0.0, v_V - scheduler.velocity(z_V, noise_V, t))
     error_Mpv = v_Mpv - scheduler.velocity(z_Mpv, noise_Mpv, t)
-    losses = {"video": error_V.square().mean(), "motion": error_Mpv.square().mean()}       # Eq. 3
-    losses["scale"] = 10 * (s_hat - s).square().mean()      # the paper gives no weights; ours
+    losses = {"video": error_V.square().mean(), "motion": error_Mpv.square().mean()}
+    losses["scale"] = 10 * (s_hat - s).square().mean()      # these are Eq. 3; the weights are ours
     if aligned:
         # line 5: step to the clean motion estimate, decode, denormalise: the coarse tracks
         clean, _ = scheduler.predict(v_Mpv, z_Mpvt, t)
         coarse, valid = read_tracks(models, clean, s_hat, cameras)
-        # line 6: M_bar = G_DPA(M_t, coarse, t); Eq. 4 on tracks read and truly seen (Chamfer: 256)
+        # line 6: M_bar = G_DPA(M_t, coarse, t); Eq. 4 on tracks that are read and truly visible
         v_M = dpa(M_t, coarse, valid, t, coefficients, anchors, eyes)
         error_M = (v_M - scheduler.velocity(M, noise_M, t)).square().mean((2, 4))
         scored = valid.any(2) & batch["visible"].any(2)                       # (B, V, K)
         losses["points"] = (error_M * scored).sum() / scored.sum().clamp_min(1)
         M_bar = torch.where(scored[:, :, None, :, None], scheduler.predict(v_M, M_t, t)[0], M)
-        picked = torch.multinomial(scored.flatten(1) + 1e-9, 256, replacement=True)
-        picked = repeat(picked, "b p -> two (b n) p c", two=2, n=M.shape[2], c=3)
-        pair = rearrange([M_bar, M], "two b v n k c -> two (b n) (v k) c").gather(2, picked)
-        losses["chamfer"] = chamfer_distance(*pair)
+        picked = torch.multinomial(scored.flatten(1) + 1e-9, 256, replacement=True)     # (B, 256)
+        clouds = rearrange([M_bar, M], "two b v n k c -> two b n (v k) c")
+        clouds = clouds.take_along_dim(picked[None, :, None, :, None], 3)     # (2, B, N, 256, 3)
+        losses["chamfer"] = chamfer_distance(*clouds.flatten(1, 2))
     return losses                                                         # line 7: L is their sum
 
 
@@ -219,7 +218,7 @@ class SampleState(NamedTuple):
     z_Mpv: torch.Tensor
     scale: torch.Tensor      # (B,V,2) metres
     coarse: torch.Tensor     # (B,V,N,K,3) metres: the tracks read from z_Mpv
-    valid: torch.Tensor      # (B,V,N,K) bool: read there; a track is good in all frames if in any
+    valid: torch.Tensor      # (B,V,N,K) bool: read in that frame; the DPA tells the others
     tracks: torch.Tensor     # (B,V,N,K,3) metres: the DPA's, or without it the coarse ones
     guidance: torch.Tensor   # of the next step, (B,V,2,C,n,h,w), or None
 
@@ -234,14 +233,14 @@ def sample(models, I, given, P, cameras, steps=4, seed=0, loop=True, aligned=Tru
     temperature: share of the paper's noise, of which small networks leave some in the result."""
     vae, mjd, dpa, scheduler = models.vae, models.mjd, models.dpa, models.scheduler
     size, frames = I.shape[-2:], models.config["frames"]
-    latent = vae.channels, *vae.latent_size(frames, *size)
+    z_shape = vae.channels, *vae.latent_size(frames, *size)
     z_I = vae.encode(I[:, :, :, None], "video")
     rays, anchors, eyes, fixed, usual = conditions(models, cameras, given, size)
-    points = frames, len(anchors), 3
+    M_shape = frames, len(anchors), 3
     generator = torch.Generator(I.device).manual_seed(seed)
     def noise(shape):
         return temperature * torch.randn(*given.shape, *shape, generator=generator, device=I.device)
-    z_Vt, z_Mpvt, M_t, guidance = noise(latent), noise(latent), noise(points), None
+    z_Vt, z_Mpvt, M_t, guidance = noise(z_shape), noise(z_shape), noise(M_shape), None
     times = scheduler.shifted(torch.linspace(1, 0, steps + 1, device=I.device))
     for t, t_next in zip(times, times[1:]):
         # line 4: the MJD, guided by the step before
@@ -254,15 +253,15 @@ def sample(models, I, given, P, cameras, steps=4, seed=0, loop=True, aligned=Tru
             v_V, v_Mpv, s = [a + text_scale * (b - a) for a, b in zip(plain, (v_V, v_Mpv, s))]
         z_V = torch.where(fixed, z_I, scheduler.predict(v_V, z_Vt, t)[0])
         z_Mpv, _ = scheduler.predict(v_Mpv, z_Mpvt, t)
-        z_Vt = scheduler.step(v_V, z_Vt, t, t_next, eta, noise(latent))
-        z_Mpvt = scheduler.step(v_Mpv, z_Mpvt, t, t_next, eta, noise(latent))
+        z_Vt = scheduler.step(v_V, z_Vt, t, t_next, eta, noise(z_shape))
+        z_Mpvt = scheduler.step(v_Mpv, z_Mpvt, t, t_next, eta, noise(z_shape))
         # lines 5 and 6: coarse tracks, aligned by the DPA
         coarse, valid = read_tracks(models, z_Mpv, s, cameras)
         M_bar = coarse
         if aligned:
             v_M = dpa(M_t, coarse, valid, t, coefficients, anchors, eyes)
             M_bar = dpa.denormalise(scheduler.predict(v_M, M_t, t)[0])
-            M_t = scheduler.step(v_M, M_t, t, t_next, eta, noise(points))
+            M_t = scheduler.step(v_M, M_t, t, t_next, eta, noise(M_shape))
         # line 3: the guidance z~ of the next step
         if loop and aligned:
             guidance = draw_guidance(models, M_bar, valid, s, cameras, I, given)
@@ -271,7 +270,7 @@ def sample(models, I, given, P, cameras, steps=4, seed=0, loop=True, aligned=Tru
 
 
 def moving_psnr(video, truth):
-    """PSNR in dB of videos (...,3,N,H,W) in [-1,1], where the true colour has left frame 0's."""
+    """PSNR in dB of videos (...,3,N,H,W) in [-1,1] where the true colour is not frame 0's."""
     moving = (truth - truth[..., :1, :, :]).abs().amax(-4, keepdim=True) > 0.1
     error = (video - truth).square().mean(-4, keepdim=True)[moving].mean() / 4     # range 2
     return -10 * error.log10().item()
@@ -299,7 +298,7 @@ def run_program(name, work):
         if isinstance(error, RuntimeError) and "allocate" not in str(error):       # memory
             raise
         message = " ".join(str(error).split())
-    print(f"{name}: {message[-500:]}", file=sys.stderr)       # a worker's begins with its traceback
+    print(f"{name}: {message[-500:]}", file=sys.stderr)   # a data worker's begins with a traceback
     return 2
 
 
@@ -311,7 +310,7 @@ def lesson():
     decode, video, prompt = models.vae.decode, scene["video"], scene["prompt"]
     given = torch.tensor([[False, True, False]])
     cameras = scene["intrinsics"], scene["extrinsics"]
-    print(prompt[0], "of the middle view's picture (shown: the left view); moving pixels, tracks:")
+    print(prompt[0], "from the middle picture alone: moving pixels, tracks (drawn: the left view)")
     figure = Figure(figsize=(16, 15), layout="constrained")
     for axis, loop in zip(figure.subplots(1, 2), (True, False)):
         rows = ["reference (middle)", "truth", "true motion video"]

@@ -26,14 +26,14 @@ from mjd import (Attention, mlp, modulate, posterior_velocity, rms_norm, timeste
                  zero_init)
 
 VOXEL, SCENE_RADIUS = 0.02, 0.1     # metres
-KNOWN = 1 + 3 + 3 + 16 + 12         # of a track in a frame: valid, point, ray, anchor, frame
-GRID_BITS = 16    # 2^16 cells an axis: a curve's are 41 m; 3 x 16 leave 15 bits for the group
+KNOWN = 1 + 3 + 3 + 16 + 12         # about a track in a frame: valid, point, ray, anchor, frame
+GRID_BITS = 16    # 2^16 cells per axis, 41 m of a curve; 3 x 16 of 63 bits leave 15 for a group
 
 
 # ---------------------------------------------------------------- serialization, sparsification
 
 def grid_cells(points, cell):
-    """Cells of points (..., 3) in a grid of the world -> int64, one or more from its border. PTv3's
+    """Cells of points (..., 3) in a grid of the world -> int64, never at its border. PTv3's
     grid starts at the cloud's minimum, so that results depend on batch mates; ours does not."""
     half = 2 ** (GRID_BITS - 1)
     return ((points / cell).floor().clamp(1 - half, half - 2) + half).long()
@@ -59,13 +59,13 @@ def serialize(points, group, patch, shift=0):
     for part in order.split(group.bincount().tolist()):
         curve.append(F.pad(part, (shift, -(shift + len(part)) % patch), value=-1))
     curve = torch.cat(curve)
-    place = curve.argsort()[-len(points):]                                    # each -1 comes first
+    place = curve.argsort()[-len(points):]                                    # each -1 sorts first
     return curve.view(-1, patch), place
 
 
 def voxelize(points, size, group=0):
     """Sparsification (Sec. 3.4): points (..., 3) of groups (...) -> sorted keys (X,) of voxels, the
-    voxel of each point, and their points (X,). The paper drops points too, ours are few."""
+    voxel of each point, and how many it has (X,). The paper drops points too, ours are few."""
     keys = group
     for cell in grid_cells(points, size).unbind(-1):
         keys = (keys << GRID_BITS) + cell                                     # group, x, y, z
@@ -148,22 +148,21 @@ class Block(nn.Module):
         self.mlp = mlp(dim, 4 * dim)
         self.modulation = zero_init(nn.Linear(dim, 10 * dim))
 
-    def forward(self, x, time, coarse, mask, voxels, curve):
-        """x (R,N,D), time (R,1,D), coarse (R,N,D), mask (R,1,1,2N); voxels: voxel (T,), count (X,),
-        neighbours (X,27); curve: of `serialize` -> the shape of x."""
+    def forward(self, x, time, context, mask, voxels, curve):
+        """x, context (R,N,D): a track's noisy and coarse tokens; time (R,1,D), mask (R,1,1,2N);
+        voxels: voxel (T,), count (X,), neighbours (X,27); curve: of `serialize` -> as x."""
         rows = self.modulation(time)                                          # (R, 1, 10 D)
         g1, g2, shift2, scale2, g3, shift3, scale3, g4, shift4, scale4 = rows.chunk(10, -1)
         x = x + g1 * self.conv(x, *voxels)
         # inter-view geometry attention among the tokens of one time step and patch
         patches, place = curve
         tokens = modulate(x, shift2, scale2).flatten(0, 1)                    # (T, D)
-        tokens = tokens.index_select(0, patches.flatten().clamp_min(0))
-        tokens = tokens.unflatten(0, patches.shape)                           # (patches, patch, D)
+        tokens = F.embedding(patches.clamp_min(0), tokens)                    # (patches, patch, D)
         mixed = self.inter_view(tokens, mask=(patches >= 0)[:, None, None])
         x = x + g2 * mixed.flatten(0, 1).index_select(0, place).view_as(x)
-        # 4D-conditioned cross-attention to a track's coarse points; beyond the paper, also its own
+        # 4D-conditioned cross-attention to a track's coarse points; beyond the paper, and to itself
         own = modulate(x, shift3, scale3)
-        x = x + g3 * self.cross(own, torch.cat([coarse, own], 1), mask=mask)
+        x = x + g3 * self.cross(own, torch.cat([context, own], 1), mask=mask)
         return x + g4 * self.mlp(modulate(x, shift4, scale4))
 
 
@@ -196,10 +195,10 @@ class DPA(nn.Module):
         coefficients: mjd.py's glossary; anchors (K,2) in [0,1]; camera_centres (B,V,3) world."""
         noisy = noisy.transpose(2, 3)                                         # (B, V, K, N, 3)
         valid = valid.transpose(2, 3)                                         # (B, V, K, N)
-        # Only tracks that are ever valid become tokens, or one of a scene that has none.
+        # Only tracks that are ever valid become tokens; a scene that has none keeps its first.
         seen = valid.any(-1)                                                  # (B, V, K)
         seen[:, 0, 0] |= ~seen.flatten(1).any(1)
-        slots = seen.nonzero(as_tuple=True)                                   # 3 of (R,)
+        slots = seen.nonzero(as_tuple=True)                                   # b, v, k: (R,) each
         batch = slots[0]
         coarse, std = fill_invalid(self.normalise(coarse).transpose(2, 3), valid)
         # Beyond the paper: anchor, frame, and the ray, as most of the error lies along it.
@@ -228,7 +227,7 @@ class DPA(nn.Module):
         for i, block in enumerate(self.blocks):
             x = block(x, time, context, mask, voxels, curves[i % 2])
         shift, scale = self.modulation(time).chunk(2, -1)
-        answer = coarse.new_zeros(*valid.shape, 4)               # deviations: xyz, along the ray
+        answer = coarse.new_zeros(*valid.shape, 4)               # in std: x, y, z, along the ray
         answer[slots] = self.head(modulate(x, shift, scale)).float()
         estimate = coarse + std * (answer[..., :3] + answer[..., 3:] * ray)
         return posterior_velocity(estimate, std, noisy, coefficients).transpose(2, 3)
@@ -249,7 +248,7 @@ def toy_scenes(count):
     """Points (B,V,N,K,3) of a drifting ball, metres, and arguments of the DPA: three cameras, whose
     coarse tracks err along the ray, by one offset a track."""
     eyes = torch.tensor([[-.36, -.35, .3], [0, -.5, .3], [.36, -.35, .3]]).expand(count, 3, 3)
-    towards = torch.tensor([0, -1, 1]) + torch.randn(count, 3, 1, 48, 3)      # where they look from
+    towards = torch.tensor([0, -1, 1]) + torch.randn(count, 3, 1, 48, 3)      # facing the cameras
     drift = torch.arange(4)[:, None, None] * torch.randn(count, 1, 1, 1, 3)
     truth = 0.08 * F.normalize(towards, dim=-1) + 0.02 * drift
     ray = F.normalize(truth - eyes[:, :, None, None], dim=-1)

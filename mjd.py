@@ -46,7 +46,7 @@ conv = partial(nn.Conv2d, kernel_size=3, padding=1)
 
 def attention(q, k, v, fused=False, mask=None):
     """softmax(q k^T / sqrt(d)) v over (batch, heads, tokens, head_dim). mask: bool, True = may
-    attend, broadcastable to (batch, heads, queries, keys). fused: torch does it."""
+    attend, broadcastable to (batch, heads, queries, keys). fused: by torch's own kernel."""
     if fused:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q / q.shape[-1] ** 0.5) @ k.mT                                  # (batch, heads, q, k)
@@ -74,7 +74,7 @@ def timestep_embedding(t, dim):
 
 def rotary(frames, height, width, head_dim):
     """Cosines and sines (2,T,head_dim) of 3D rotary positions of a view's tokens, base 10000. The
-    head is split over time, height and width as in Wan (44/42/42 of 128); special tokens stay."""
+    head is split over time, height, width as in Wan (44/42/42 of 128); special tokens: unturned."""
     spatial = 2 * (head_dim // 6)
     places = torch.cartesian_prod(*map(torch.arange, (frames, height, width)))
     places = F.pad(places.repeat(2, 1), (0, 0, SPECIAL, 0))                   # (T, 3)
@@ -105,7 +105,7 @@ def mlp(dim, hidden):
 
 class Attention(nn.Module):
     """Multi-head attention. As in Wan2.2, q and k are RMS-normalised over the full width."""
-    fused = False         # of all of them: torch's kernel in place of ours
+    fused = False         # for every Attention: torch's kernel in place of ours
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -127,15 +127,15 @@ class Attention(nn.Module):
 
 
 def posterior_velocity(estimate, deviation, noisy, coefficients):
-    """Eq. 1's velocity E[dz_t/dt | z_t], z_0 being normal around the estimate (B,...): near noise
-    the estimate counts, near t = 0 the noisy z_t. The paper's heads predict the velocity; small
-    networks learn z_0 sooner."""
+    """Eq. 1's velocity E[dz_t/dt | z_t], z_0 being normal around the estimate (B,...), with that
+    standard deviation: near noise the estimate counts, near t = 0 the noisy z_t. The paper's heads
+    predict the velocity; small networks learn z_0 sooner."""
     shape = [-1] + [1] * (noisy.ndim - 1)
     alpha, sigma, alpha_dot, sigma_dot = [value.view(shape) for value in coefficients]
     variance = (alpha * deviation) ** 2 + sigma ** 2                          # of z_t
-    surprise = (noisy - alpha * estimate) / variance
-    clean = estimate + alpha * deviation ** 2 * surprise                      # E[z_0 | z_t]
-    noise = sigma * surprise                                                  # E[z_1 | z_t]
+    residual = (noisy - alpha * estimate) / variance
+    clean = estimate + alpha * deviation ** 2 * residual                      # E[z_0 | z_t]
+    noise = sigma * residual                                                  # E[z_1 | z_t]
     return alpha_dot * clean + sigma_dot * noise
 
 
@@ -157,7 +157,7 @@ class VideoVAE(nn.Module):
     Frame 0 is a group of its own, then every r_n frames are one, folded into channels. A linear
     projection of whole patches carries most of the picture, 2D convolutions add what it misses."""
     def __init__(self, strides, channels, widths, depth):
-        """strides: r_n, r_h, r_w, the last two one multiple of 4; depth: ConvBlocks a width."""
+        """strides: r_n, r_h = r_w, a multiple of 4; depth: ConvBlocks per width."""
         def blocks(width):
             return [ConvBlock(width) for _ in range(depth)]
         super().__init__()
@@ -167,7 +167,7 @@ class VideoVAE(nn.Module):
         patch = 3 * self.r_n * self.side ** 2
         self.linear_encode = nn.Linear(patch, channels)
         self.linear_decode = nn.Linear(channels, patch)
-        step = self.side // 4                              # r_h is an unshuffle's 4, then a stride
+        step = self.side // 4                              # r_h: PixelUnshuffle's 4, then a stride
         layers = [nn.PixelUnshuffle(4), conv(96 * self.r_n, fine)] + blocks(fine)
         layers += [nn.Conv2d(fine, coarse, step, stride=step)] + blocks(coarse)
         self.encoder = nn.Sequential(*layers, nn.SiLU(), zero_init(conv(coarse, 2 * channels)))
@@ -195,7 +195,7 @@ class VideoVAE(nn.Module):
         return rearrange(video, "... c (n r) h w -> ... n (r c) h w", r=self.r_n)
 
     def convolve(self, layers, groups):
-        """layers on groups (...,n,c,h,w), each beside the one before it or zeros: causal."""
+        """layers on groups (...,n,c,h,w), each with the one before it (or zeros): causal."""
         before = F.pad(groups, (0, 0, 0, 0, 0, 0, 1, -1))
         x = torch.cat([groups, before], -3).flatten(0, -4)                    # (... n, 2c, h, w)
         return layers(x).unflatten(0, groups.shape[:-3])
@@ -210,8 +210,8 @@ class VideoVAE(nn.Module):
 
     def reconstruct(self, latents):
         """The decoder: latents (...,C,n,h,w), not normalised -> video (...,3,N,H,W)."""
-        pixels = latents.movedim(-4, -1).contiguous()      # else a product here is slow on a CPU
-        patches = self.linear_decode(pixels).movedim(-1, -3)
+        cells = latents.movedim(-4, -1).contiguous()       # else a product here is slow on a CPU
+        patches = self.linear_decode(cells).movedim(-1, -3)
         groups = self.convolve(self.decoder, latents.transpose(-4, -3))
         groups = groups + F.pixel_shuffle(patches, self.side)
         video = rearrange(groups, "... n (r c) h w -> ... c (n r) h w", r=self.r_n)
@@ -298,7 +298,7 @@ class Block(nn.Module):
 
     def between_views(self, x, places, turn):
         """Inter-view geometry attention of x (B,V,T,D): all views at one latent time, each modality
-        by itself; `turn` tells places, not views. Scale and register tokens take no part: 0."""
+        by itself; `turn` tells places, not views. To scale and register tokens it adds 0."""
         batch, views = x.shape[:2]
         x = rearrange(x[:, :, SPECIAL:], "b v (times p) d -> (b times) (v p) d", p=places)
         x = self.inter_view(x, turn=turn[:, SPECIAL:SPECIAL + places].repeat(1, views, 1))
@@ -327,10 +327,10 @@ class MJD(nn.Module):
         self.text = TextEncoder(dim, text_tokens)
         pixels = channels * PATCH ** 2
         self.embed = Pair(pixels, dim)
-        # Motion: z~. The paper adds it to z_Mpv,t (Alg. 1, line 4), hard to tell apart then.
-        # Video, beyond the paper: the references carried along the tracks.
+        # For motion tokens z~; the paper adds it to z_Mpv,t (Alg. 1, line 4), where noise hides it.
+        # For video tokens, beyond the paper, the references carried along the tracks.
         self.embed_guidance = zero_init(Pair(pixels, dim))
-        # Beyond the paper: z_I for the tokens of all frames, each pixel's place beside its ray.
+        # Beyond the paper: all frames' tokens are shown z_I; rays (6) bring a pixel's place (2).
         self.embed_reference = zero_init(nn.Linear(pixels, dim))
         self.embed_rays = nn.Linear(8 * PATCH ** 2, dim)
         self.modality = nn.Parameter(torch.randn(2, dim) * 0.02)
@@ -344,7 +344,7 @@ class MJD(nn.Module):
         # Beyond the paper: over latent pixels, to mend the seams of tokens 16 pixels wide.
         both = 2 * channels
         self.last = nn.Sequential(conv(2 * both, both), nn.SiLU(), zero_init(conv(both, both)))
-        self.register_buffer("scale_centre", torch.tensor([0.5, 0.8]))   # metres, typical
+        self.register_buffer("scale_centre", torch.tensor([0.5, 0.8]))   # m, see usual_scale
 
     def forward(self, video, motion, t, coefficients, prompts, rays, usual, given, guidance=None):
         """One joint estimate: velocities of both latents (B,V,C,n,h,w) and scale (B,V,2) in metres.
@@ -369,8 +369,8 @@ class MJD(nn.Module):
             x = x + self.embed_guidance(patchify(guidance))                   # (B, V, 2, n p, D)
         special = self.special.to(rays) + rays.mean(2, keepdim=True)          # (B, V, 8, D)
         x = torch.cat([special, x.flatten(2, 3)], 2)                          # (B, V, T, D)
-        # Kinds of token, each with a row of modulation: 0 video's first frame (t = 0 if given), 1
-        # video's others; with the motion's own weights: 2 motion, 3 scale and register.
+        # Kinds of token: 0 the video's first frame (its t = 0 if given), 1 its others; 2 motion, 3
+        # scale and register. 0 and 1 are modulated with the video's weights, 2 and 3 the motion's.
         time = t[:, None, None] * ~F.pad(given[..., None], (0, 3))            # (B, V, 4)
         features = self.time(timestep_embedding(time, 256))                   # (B, V, 4, D)
         rows = self.time_rows(features.unflatten(2, (2, 2))).flatten(2, 3)    # (B, V, 4, 6D)
