@@ -171,16 +171,16 @@ def stage_losses(stage, models, batch, step):
 def load(settings):
     """Models from the run folder, else the shipped weights, else new, and which they are."""
     settings.out.mkdir(parents=True, exist_ok=True)
-    checkpoint, source = settings.out / "checkpoint.pt", SHIPPED / f"{settings.preset}.pt"
-    if settings.stage == "all" and checkpoint.exists() and not settings.resume:
-        raise ValueError(f"--stage all: found {checkpoint}: --resume goes on, another --out begins")
+    source = settings.out / "checkpoint.pt"
+    if settings.stage == "all" and source.exists() and not settings.resume:
+        raise ValueError(f"--stage all: found {source}: --resume goes on, another --out begins")
     wanted = {name: getattr(settings, name) for name in ("vae", "mjd", "dpa", "path")}
     if settings.resume:
         wanted |= settings.shape | dict(data=settings.data)
-    if settings.resume or checkpoint.exists():
-        source = checkpoint
-    elif not source.exists() or settings.stages[0] == "vae":
-        return Models(wanted | dict(trained=[])), "new weights"
+    elif not source.exists():
+        source = SHIPPED / f"{settings.preset}.pt"
+        if settings.stages[0] == "vae" or not source.exists():
+            return Models(wanted | dict(trained=[])), "new weights"
     models = load_models(source)                        # the average
     if models.config | wanted != models.config:
         raise ValueError(f"{source}: expected networks, path and (with --resume) --data, --size, "
