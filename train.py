@@ -141,14 +141,14 @@ def batches(dataset, count, seed=0, device="cpu", step=0, workers=0):
 def vae_losses(vae, batch):
     """Reconstruction (L1 + 4 squares, foreground counts fourfold) of both kinds of video, KL."""
     videos = torch.stack([batch["video"], batch["pseudo"]], 2)                # (B,V,2,3,N,H,W)
-    foreground = (batch["pseudo"][:, :, 2:] + 1) / 2 > FOREGROUND_THRESHOLD   # (B,V,1,N,H,W)
-    weight = 1 + 3 * foreground.float()
-    weight = (weight / weight.mean())[:, :, None]                             # (B,V,1,1,N,H,W)
+    foreground = (videos[:, :, 1:, 2:] + 1) / 2 > FOREGROUND_THRESHOLD        # (B,V,1,1,N,H,W)
+    weight = torch.where(foreground, 4.0, 1.0)
     mean, log_variance = [moment.float() for moment in vae.moments(videos.flatten(0, 2))]
     latents = mean + (log_variance / 2).exp() * torch.randn_like(mean)        # (B V 2,C,n,h,w)
     error = vae.reconstruct(latents).float().view_as(videos) - videos
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    return {"pixels": (weight * (error.abs() + 4 * error.square())).mean(), "kl": 1e-5 * kl}
+    pixels = weight * (error.abs() + 4 * error.square())
+    return {"pixels": pixels.mean() / weight.mean(), "kl": 1e-5 * kl}
 
 
 def stage_losses(stage, models, batch, step):
