@@ -155,15 +155,14 @@ def stage_losses(stage, models, batch, step):
     """The loss parts of a stage's step, after hiding views, and references, prompts at random."""
     if stage == "vae":
         return vae_losses(models.vae, batch)
-    prompts, views = batch.pop("prompt"), batch["scale"].shape[1]
+    prompts = batch.pop("prompt")
     if step % SINGLE_VIEW == 0:           # the paper: in the MJD's warm-up always, then never
+        prompts = [prompt for prompt in prompts for _ in batch["scale"][0]]
         batch = {key: fold(x)[:, None] for key, x in batch.items()}           # (B V,1,...)
-        prompts = [prompt for prompt in prompts for _ in range(views)]
+    batch["prompt"] = [prompt if torch.rand(()) > TEXT_DROPOUT else "" for prompt in prompts]
     # Of each sample 1..V references are shown, each number as often: so one is enough to sample.
-    shape = batch["scale"].shape[:2]
-    given = torch.rand(shape).argsort(1) < torch.randint(1, 1 + shape[1], (shape[0], 1))
-    heard = torch.rand(shape[0]) > TEXT_DROPOUT
-    batch["prompt"] = [prompt if hears else "" for prompt, hears in zip(prompts, heard)]
+    count, views = batch["scale"].shape[:2]
+    given = torch.rand(count, views).argsort(1) < torch.randint(1, 1 + views, (count, 1))
     loop = stage == "joint" and step % UNGUIDED > 0
     return joint_losses(models, batch, given.to(models.device), loop, aligned=stage != "base")
 
