@@ -265,7 +265,8 @@ def train_stage(stage, settings, models, averaged, dataset, saved):
             save(settings, models, averaged, optimiser, stage, step, spent)
             validate(settings, averaged, stage, step)
         if ended:
-            break
+            models.load_state_dict(averaged.state_dict())        # the averages go on
+            return not stopped
         # The rate: a linear warm-up, a cosine to a twentieth; of a preset half for two networks
         share = (0.525 + 0.475 * math.cos(math.pi * progress)) * min(1.0, progress / 0.02 + 0.005)
         for name, group in zip(STAGES[stage], optimiser.param_groups):
@@ -290,8 +291,6 @@ def train_stage(stage, settings, models, averaged, dataset, saved):
         spent = time.perf_counter() - begun
         if step % LOG_EVERY == 0:
             report(f"{stage} {step}", record | dict(seconds=spent, done=progress))
-    models.load_state_dict(averaged.state_dict())                # the averages go on
-    return not stopped
 
 
 @torch.no_grad()
