@@ -235,17 +235,16 @@ def report(title, record):
 
 
 def train_stage(stage, settings, models, averaged, dataset, saved):
-    """One stage to its end or to Ctrl-C: whether it came to its end."""
+    """A stage, or the rest of one, taken out of `saved`, to its end or to Ctrl-C: did it end?"""
     device = models.device
     for name, network in models.named_children():
         network.requires_grad_(name in STAGES[stage])
     groups = [dict(params=getattr(models, name).parameters()) for name in STAGES[stage]]
     optimiser = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     dcp.get_optimizer_state_dict(models, optimiser)      # makes its state, of unused weights too
-    step, spent = 0, 0.0
-    if saved.get("stage") == stage:
-        step, spent = saved["step"], saved["spent"]
-        dcp.set_optimizer_state_dict(models, optimiser, saved["optimiser"], options=WHOLE)
+    step, spent = saved.pop("step", 0), saved.pop("spent", 0.0)
+    if "optimiser" in saved:
+        dcp.set_optimizer_state_dict(models, optimiser, saved.pop("optimiser"), options=WHOLE)
     else:
         models.config["trained"].append(dict(stage=stage, data=settings.data))
     seed = 1000 * settings.seed + len(models.config["trained"])     # a stage run again sees others
