@@ -234,7 +234,7 @@ def report(title, record):
         print(f"{title}: {text}", flush=True)
 
 
-def train_stage(stage, settings, models, averaged, dataset, saved):
+def train_stage(stage, settings, models, averaged, data, saved):
     """A stage, or the rest of one, taken out of `saved`, to its end or to Ctrl-C: did it end?"""
     device = models.device
     for name, network in models.named_children():
@@ -249,8 +249,7 @@ def train_stage(stage, settings, models, averaged, dataset, saved):
         models.config["trained"].append(dict(stage=stage, data=settings.data))
     seed = 1000 * settings.seed + len(models.config["trained"])     # a stage run again sees others
     begun, saved_at = time.perf_counter() - spent, spent
-    data = batches(dataset, settings.batch, seed * WORLD + RANK, device, step, settings.workers)
-    for batch in data:
+    for batch in batches(data, settings.batch, seed * WORLD + RANK, device, step, settings.workers):
         state = torch.tensor([spent, settings.stop.is_set()])
         if WORLD > 1:                          # all go by the first one's clock and its Ctrl-C
             dist.broadcast(state, 0)
@@ -258,7 +257,7 @@ def train_stage(stage, settings, models, averaged, dataset, saved):
         progress = (spent / 60 if settings.minutes else step) / settings.lengths[stage]
         ended = progress >= 1 or stopped
         if ended and stage == "vae":
-            measure_latents(averaged.vae, next(batches(dataset, 4, 0, device)))
+            measure_latents(averaged.vae, next(batches(data, 4, 0, device)))
         if ended or spent - saved_at > SAVE_EVERY:
             saved_at = spent
             save(settings, models, averaged, optimiser, stage, step, spent)
