@@ -227,11 +227,10 @@ def save(settings, models, averaged, optimiser, stage, step, spent):
             draft.unlink(missing_ok=True)
 
 
-def report(title, record):
+def report(text, **numbers):
     """One line on the screen, from the first process."""
     if RANK == 0:
-        text = ", ".join(f"{key} {value:.4g}" for key, value in record.items())
-        print(f"{title}: {text}", flush=True)
+        print(text, *[f"{key} {value:.4g}" for key, value in numbers.items()], flush=True)
 
 
 def train_stage(stage, settings, models, averaged, data, saved):
@@ -288,7 +287,7 @@ def train_stage(stage, settings, models, averaged, data, saved):
         step += 1
         spent = time.perf_counter() - begun
         if step % LOG_EVERY == 0:
-            report(f"{stage} {step}", record | dict(seconds=spent, done=progress))
+            report(f"{stage} {step}:", **record, seconds=spent, done=progress)
 
 
 @torch.no_grad()
@@ -308,7 +307,7 @@ def validate(settings, models, stage, step):
     try:
         batch = next(batches(settings.held_out, 4, 0, models.device))
     except ValueError as error:                                  # training can go on without
-        return print(f"no validation: {error}")
+        return report(f"no validation: {error}")
     truth, tracks = batch["video"], batch["tracks"]
     scores = {"still_dB": moving_psnr(truth[:, :, :, :1].expand_as(truth), truth)}
     with torch.autocast(models.device.type, torch.bfloat16, settings.bf16):
@@ -324,7 +323,7 @@ def validate(settings, models, stage, step):
             for name, found in (("still_cm", tracks[:, :, :1]), ("tracks_cm", state.tracks)):
                 scores[name] = 100 * (found - tracks).norm(dim=-1)[seen].mean().item()
     scores["moving_dB"] = moving_psnr(video, truth)
-    report(f"val {stage} {step}", scores)
+    report(f"val {stage} {step}:", **scores)
     if RANK == 0:
         tall = torch.cat([*truth[0], *video[0]], 2)                           # (3,N,2 V H,W)
         iio.imwrite(settings.out / f"val_{stage}_{step}.png", film_strip(tall, 5).numpy())
@@ -356,9 +355,8 @@ def train(arguments=None):
         if saved["stage"] not in settings.stages:
             raise ValueError(f"--resume: expected --stage {saved['stage']}, where {source} is")
         models.load_state_dict(saved["weights"])
-    if RANK == 0:
-        done = [run["stage"] for run in models.config["trained"]]
-        print(f"from {source} (trained: {done}) into {settings.out}, on {device.type}", flush=True)
+    done = [run["stage"] for run in models.config["trained"]]
+    report(f"from {source} (trained: {done}) into {settings.out}, on {device.type}")
     Attention.fused = settings.fused
     for net in (models, averaged) if WORLD > 1 else ():
         # FSDP2: each process keeps its part of the weights, block by block.
@@ -372,7 +370,7 @@ def train(arguments=None):
             for block in models.mjd.blocks:        # all share one compiled program
                 block.forward = torch.compile(block.forward)
     except Exception as error:
-        print(f"--compile: going on without, as torch failed: {error!r:.150}")
+        report(f"--compile: going on without, as torch failed: {error!r:.150}")
     parts = *models.mjd.blocks, *models.dpa.blocks, *models.vae.encoder, *models.vae.decoder
     for part in parts if settings.checkpointing else ():         # less memory, computed twice
         part.forward = partial(checkpoint, part.forward, use_reentrant=False)
@@ -387,8 +385,7 @@ def train(arguments=None):
     finally:
         if in_main:
             signal.signal(signal.SIGINT, before)
-    if RANK == 0:
-        print(f"{settings.out}/weights.pt" if finished else "saved: repeat this with --resume")
+    report(f"{settings.out}/weights.pt" if finished else "saved: repeat this with --resume")
 
 
 def main(arguments=None):
