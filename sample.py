@@ -145,7 +145,7 @@ def answer(models, settings):
         expected = f"1 picture (of the middle view) or {views} (one a view, from the person's left)"
         raise ValueError(f"--ref: expected {expected}, got {count}: add or leave out some")
     references = torch.stack([read_picture(path, size) for path in settings.ref * (views // count)])
-    scene = {"video": references[:, :, None], "names": names, "prompt": settings.prompt}
+    scene = {"video": references[:, :, None], "names": names, "prompt": settings.prompt, "fps": FPS}
     scene["intrinsics"], scene["extrinsics"] = cameras
     options = {"loop": not settings.no_cycle, "aligned": not settings.no_dpa}
     result = scene | generate(models, scene, count == 1, **options | settings.options)
@@ -173,8 +173,8 @@ def write_results(result, out, mp4):
         for kind in ("video", "motion") if mp4 else ():
             for view, clip in enumerate(result[kind]):
                 iio.imwrite(draft / f"{kind}_view{view}.mp4", enlarged(clip), fps=FPS, **h264)
-        keys = "valid", "anchors", "intrinsics", "extrinsics", "scale", "prompt"
-        content = {key: result[key] for key in keys} | {"fps": FPS}
+        keys = "valid", "anchors", "intrinsics", "extrinsics", "scale", "prompt", "fps"
+        content = {key: result[key] for key in keys}
         np.savez(draft / "tracks.npz", tracks=result["tracks"], **content)
         sheet = result["sheet"]
         frames = enlarged(sheet)
