@@ -28,7 +28,7 @@ from einops import rearrange, repeat
 from cycle import (DEVICES, SHIPPED, load_models, moving_psnr, read_tracks, run_program, sample,
                    use_bf16, user_path)
 from data import (FOREGROUND_THRESHOLD, TRIPLETS, camera_centres, carry_references, film_strip,
-                  open_dataset, project, track_grid)
+                  open_dataset, project, track_grid, unproject)
 from mjd import Attention
 
 FPS = 8
@@ -100,13 +100,13 @@ def read_rig(path, models):
         views = rig["views"]
         intrinsics = torch.tensor([view["intrinsics"] for view in views]).float()
         extrinsics = torch.tensor([view["extrinsics"] for view in views]).float()
-        torch.linalg.inv(intrinsics), torch.linalg.inv(extrinsics)         # or they say why not
         full = torch.tensor(rig["size"]).flip(0)
         scale = (size / full).amax()
         intrinsics[:, :2] *= scale
         intrinsics[:, :2, 2] += (size - scale * full) / 2
         centre = models.dpa.scene_centre.cpu().expand(len(views), 1, 3)
         uv, depth = project(centre, intrinsics, extrinsics)
+        unproject(uv, depth, intrinsics, extrinsics)                       # or it says why not
         away = (uv / size - 0.5).abs().amax()
         seen = away < 0.45 and 0.05 < depth.amin() < 20                    # so NaN is refused too
         if rig != models.config["rig"] and not seen:
@@ -114,7 +114,6 @@ def read_rig(path, models):
         return intrinsics, extrinsics, [view["name"] for view in views]
     except Exception as error:
         wanted = "a rig of --print-cameras (world -> camera, OpenCV axes, metres; size: HxW pixels)"
-        path = path or "those of the checkpoint"
         raise ValueError(f"--cameras: expected {wanted}, got {path}: {error!r:.150}") from None
 
 
