@@ -287,8 +287,7 @@ def made(models, scene, name, options):
 def action_trials(models, options, dataset, index):
     """From one first frame, for every action known for it: are its own true tracks the nearest?"""
     tool, _, target = dataset[index]["prompt"][1:-1].split(", ")
-    actions = [words[0] for words in TRIPLETS if words[1:] == (tool, target)]
-    scenes = [dataset.scene(index, action) for action in actions]
+    scenes = [dataset.scene(index, words[0]) for words in TRIPLETS if words[1:] == (tool, target)]
     if len(scenes) == 1:                              # no choice, no trial
         return
     for number, scene in enumerate(scenes):
