@@ -189,7 +189,7 @@ def load(settings):
 
 def measure(models, dataset, settings):
     """Sets statistics of data that is new to the networks, and the cameras to sample with."""
-    config, views = models.config, settings.views
+    config = models.config
     batch = next(batches(dataset, 16, 0, models.device))             # the same in all processes
     if not config["trained"]:
         few = {key: batch[key][:4] for key in ("video", "pseudo")}
@@ -201,10 +201,9 @@ def measure(models, dataset, settings):
         models.mjd.scale_centre += apart.nanmean((0, 1))
     cameras = batch["intrinsics"][0], batch["extrinsics"][0]
     if settings.data == "synthetic":
-        cameras = camera_rig(views, settings.size)
-    names = ["left", "centre", "right"] if views == 3 else [f"view {v}" for v in range(views)]
-    rows = zip(names, *[matrices.tolist() for matrices in cameras])
-    rig = [dict(name=name, intrinsics=lens, extrinsics=pose) for name, lens, pose in rows]
+        cameras = camera_rig(settings.views, settings.size)
+    rows = enumerate(zip(*[matrices.tolist() for matrices in cameras]))
+    rig = [dict(name=f"view {v}", intrinsics=lens, extrinsics=pose) for v, (lens, pose) in rows]
     config |= settings.shape | dict(data=settings.data, rig=dict(size=[*settings.size], views=rig))
 
 
