@@ -43,24 +43,23 @@ warnings.filterwarnings("ignore", ".*returned a view")     # FSDP2's; nothing ch
 
 # Sizes, distinct scenes, peak rates, and lengths of stages: their shares of `minutes`
 # (the hour of two CPU cores), or steps
-TINY = dict(size=(32, 48), frames=5, views=2, stride=4, batch=2, scenes=16, compile=False,
-            checkpointing=False, rates=dict(vae=1e-3, mjd=1e-3, dpa=3e-3), minutes=None,
-            lengths=dict(vae=40, base=40, dpa=40, joint=40), path="flow",
-            vae=dict(strides=(4, 8, 8), channels=8, widths=(16, 32), depth=1),
-            mjd=dict(dim=64, heads=2, depth=2, hidden=128, text_tokens=16),
-            dpa=dict(dim=32, depth=2, heads=2, patch=32))
 SMALL = dict(size=(64, 96), frames=13, views=3, stride=4, batch=4, scenes=800, compile=True,
              checkpointing=False, rates=dict(vae=1e-3, mjd=1.5e-3, dpa=2e-3), minutes=56,
              lengths=dict(vae=7, base=20, dpa=9, joint=20), path="flow",
              vae=dict(strides=(4, 8, 8), channels=96, widths=(96, 144), depth=2),
              mjd=dict(dim=320, heads=5, depth=6, hidden=832, text_tokens=16),
              dpa=dict(dim=96, depth=3, heads=2, patch=128))
-LARGE = dict(size=(256, 384), frames=25, views=3, stride=8, batch=1, scenes=None, compile=True,
-             checkpointing=True, rates=dict(vae=5e-4, mjd=2e-4, dpa=5e-4), minutes=None,
-             lengths=dict(vae=50_000, base=40_000, dpa=20_000, joint=60_000), path="flow",
-             vae=dict(strides=(4, 8, 8), channels=48, widths=(128, 256), depth=3),
-             mjd=dict(dim=768, heads=12, depth=16, hidden=3072, text_tokens=16),
-             dpa=dict(dim=192, depth=6, heads=6, patch=128))
+TINY = SMALL | dict(size=(32, 48), frames=5, views=2, batch=2, scenes=16, minutes=None,
+                    rates=dict(vae=1e-3, mjd=1e-3, dpa=3e-3), lengths=dict.fromkeys(STAGES, 40),
+                    vae=dict(strides=(4, 8, 8), channels=8, widths=(16, 32), depth=1),
+                    mjd=dict(dim=64, heads=2, depth=2, hidden=128, text_tokens=16),
+                    dpa=dict(dim=32, depth=2, heads=2, patch=32), compile=False)
+LARGE = SMALL | dict(size=(256, 384), frames=25, stride=8, batch=1, scenes=None, minutes=None,
+                     rates=dict(vae=5e-4, mjd=2e-4, dpa=5e-4), checkpointing=True,
+                     lengths=dict(vae=50_000, base=40_000, dpa=20_000, joint=60_000),
+                     vae=dict(strides=(4, 8, 8), channels=48, widths=(128, 256), depth=3),
+                     mjd=dict(dim=768, heads=12, depth=16, hidden=3072, text_tokens=16),
+                     dpa=dict(dim=192, depth=6, heads=6, patch=128))
 PRESETS = dict(tiny=TINY, small=SMALL, taco=LARGE)
 
 
