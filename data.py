@@ -29,7 +29,7 @@ import pkgutil
 import re
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -273,13 +273,12 @@ class Scenes(Dataset):
     views: int = 3
     stride: int = 4              # pixels: the side of a track's cell
     seed: int = 0
-    cache: str = None            # folder that keeps finished samples
-    device: str = "cpu"          # where they go
+    cache: str = field(default=None, repr=False)    # folder that keeps finished samples
+    device: str = field(default="cpu", repr=False)  # where they go
 
     def cached(self, name, make):
         """The sample of `make()`; if there is a cache, kept in a file, whole or not at all."""
-        settings = self.split, self.size, self.frames, self.views, self.stride, self.seed
-        path = self.cache and Path(self.cache) / f"{name} {settings}.pt"
+        path = self.cache and Path(self.cache) / f"{name} {self}.pt"      # all fields above in it
         try:
             sample = torch.load(path, weights_only=True)
         except Exception:                     # no cache (None), none yet, or damaged: make it anew
