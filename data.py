@@ -861,10 +861,9 @@ class TACO(Scenes):
         count = DENSITY * math.prod(self.size)
         count = min(count, 60_000_000 // self.frames)                            # for the memory
         faces = chance.choice(len(area), count, p=area / area.sum())
-        weights = chance.dirichlet([1, 1, 1], count)
-        weights = as_tensor(weights)[..., None]                                  # (P, 3, 1)
-        moving = [(mesh[faces] * weights).sum(1) for mesh in triangles]
-        return torch.stack(moving)[None]
+        weights = as_tensor(chance.dirichlet([1, 1, 1], count))                  # (P, 3)
+        points = torch.einsum("npij,pi->npj", triangles[:, faces], weights)
+        return points[None]
 
     def usable_cameras(self, name, points):
         """Video, intrinsics, extrinsics and picture's size of cameras that see most of points."""
