@@ -996,9 +996,8 @@ def lesson(stride=4):
     Path("out").mkdir(exist_ok=True)
     for view, video in enumerate(sample["video"]):
         iio.imwrite(f"out/ref{view}.png", film_strip(video, 1).numpy())
-    clips = torch.stack([sample["video"], sample["pseudo"]], 1)
-    rows = torch.cat([film_strip(clip, 5) for clip in clips.flatten(0, 1)])
-    iio.imwrite("out/data.png", repeat(rows, "h w c -> (h a) (w b) c", a=3, b=3).numpy())
+    tall = repeat([sample["video"], sample["pseudo"]], "m v c n h w -> c n (v m h 3) (w 3)")
+    iio.imwrite("out/data.png", film_strip(tall, 5).numpy())
     print("wrote out/data.png (of each view: video, pseudo video) and the first frames,")
     print("out/ref0.png to ref2.png. Try lesson(stride=2): four times the tracks; the exact one is")
     print("read to 1.1 mm, the noisy one, with fewer votes a cell, to some 11.")
