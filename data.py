@@ -923,8 +923,7 @@ class TACO(Scenes):
         camera = intrinsics, extrinsics
         pseudo, scale = tracks_to_pseudo_video(points, None, *camera, self.size)
         # What changes in the video must lie where the meshes move.
-        change = pseudo[0].diff(dim=1).abs()
-        moves = change.sum(0) > 0.02
+        moves = pseudo[0].diff(dim=1).abs().sum(0) > 0.02
         changes = video.diff(dim=1).abs().sum(0)
         inside = changes[moves].mean()
         outside = changes[~moves].mean()
