@@ -495,8 +495,7 @@ def motion(action, target, draw, frames):
     aside = torch.cat([yaw.sin(), yaw.cos(), still], -1)
     ahead = torch.linalg.cross(aside, upwards)
     axis = dive.cos() * ahead - dive.sin() * upwards
-    tip = base + forward * ahead + left * aside
-    tip = tip + (height + .04 + up) * upwards
+    tip = base + forward * ahead + left * aside + (height + .04 + up) * upwards
     above = spin.cos() * upwards + spin.sin() * aside
     tool = affine(.01 * axes_along(axis, above), tip - .15 * axis)    # 15 cm from the grip
     away = torch.cat([-turn.sin(), turn.cos(), still], -1)
