@@ -445,8 +445,7 @@ def held(name, grip, pose, left):
         for line in PIECES.splitlines():
             names, colour, shape, row = line.split(maxsplit=3)
             if owner in names.split(","):
-                start, end, half = numbers(row).split([3, 3, 2])
-                own = bone(start, end, half)
+                own = bone(*numbers(row).split([3, 3, 2]))   # start, end, half sizes
                 pieces.append((base @ own, shape, colour, part))
     return pieces
 
