@@ -232,8 +232,7 @@ def pseudo_video_to_tracks(pseudo, scale, intrinsics, extrinsics, stride):
     A foreground pixel votes for the four cells nearest to the anchor its colour names, less its
     offset from their middle. A track is the mean of its votes, valid where it has any, and
     foreground in frame 0."""
-    size = pseudo.shape[3:]
-    views, frames = scale.shape[0], pseudo.shape[2]
+    views, _, frames, *size = pseudo.shape
     down, across = [side // stride for side in size]
     pictures = rearrange(pseudo, "v c n h w -> (v n) h w c")
     place = (pictures[..., 2] > FOREGROUND_THRESHOLD).nonzero(as_tuple=True)  # P votes
