@@ -133,8 +133,9 @@ def colour(anchors, depth, hit, scale=None):
     return pseudo.movedim(-1, 1), scale
 
 
-def metric_depth(blue, near, far):
-    """The depth in metres that a blue tells: `colour` undone. The background's is below near."""
+def metric_depth(blue, scale):
+    """Metres that a blue tells at a scale (...,2): `colour` undone. Background's are below near."""
+    near, far = scale.unbind(-1)
     return near + (far - near) * (blue - FOREGROUND_BLUE) / (1 - FOREGROUND_BLUE)
 
 
@@ -192,8 +193,7 @@ def one_view(video, pseudo, scale, tracks, found, camera):
     intrinsics, extrinsics = camera
     uv, depth = project(tracks, intrinsics, extrinsics)                       # (1, N, K)
     blue = pseudo[:, 2].flatten(2)                                            # (1, N, H W)
-    near, far = scale[0]
-    surface = metric_depth(blue, near, far)
+    surface = metric_depth(blue, scale[0])
     around = cells_around(uv, video.shape[2:], 1)
     gaps = torch.stack([surface.gather(2, pixel) - depth for pixel, _, _ in around])
     visible = gaps.abs().amin(0) < depth / intrinsics[0, 0, 0]
@@ -238,8 +238,7 @@ def pseudo_video_to_tracks(pseudo, scale, intrinsics, extrinsics, stride):
     place = (pictures[..., 2] > FOREGROUND_THRESHOLD).nonzero(as_tuple=True)  # P votes
     picture, row, column = place
     red, green, blue = pictures[place].unbind(-1)
-    near, far = scale[picture // frames].unbind(-1)
-    depth = metric_depth(blue.clamp(FOREGROUND_BLUE, 1), near, far)
+    depth = metric_depth(blue.clamp(FOREGROUND_BLUE, 1), scale[picture // frames])
     one = torch.ones_like(depth)
     vote = torch.stack([column + 0.5, row + 0.5, depth, one], -1)             # (P, 4)
     total = vote.new_zeros(views * frames * down * across, 4)
