@@ -653,7 +653,7 @@ class SyntheticHOI(Scenes):
         # The action first, so that actions are balanced.
         drawn = chance.choice(sorted({words[0] for words in self.triplets}))
         known = [words for words in self.triplets if words[0] == drawn]
-        _, tool, target = known[chance.integers(len(known))]
+        _, tool, target = chance.choice(known)
         action = action or drawn
         scene = lay_out(action, tool, target, draw, self.frames)
         scene = {name: column.to(self.device) for name, column in scene.items()}
