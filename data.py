@@ -240,15 +240,13 @@ def pseudo_video_to_tracks(pseudo, scale, intrinsics, extrinsics, stride):
     red, green, blue = pictures[place].unbind(-1)
     depth = metric_depth(blue.clamp(FOREGROUND_BLUE, 1), scale[picture // frames])
     one = torch.ones_like(depth)
-    vote = torch.stack([column + 0.5, row + 0.5, depth, one], -1)             # (P, 4)
-    total = vote.new_zeros(views * frames * down * across, 4)
+    total = depth.new_zeros(views * frames * down * across, 4)                # u, v, depth, one
     anchor = torch.stack([red * across, green * down], -1)                    # (P, 2) in cells
     for cell, x, y in cells_around(anchor, (down, across), 1):
         weight = torch.exp(-(x.square() + y.square()) / 0.32)
         slot = picture * down * across + cell
-        offset = torch.stack([x, y], -1)
-        moved = vote - F.pad(stride * offset, (0, 2))
-        total.index_add_(0, slot, moved * weight[:, None])
+        vote = torch.stack([column + 0.5 - stride * x, row + 0.5 - stride * y, depth, one], -1)
+        total.index_add_(0, slot, vote * weight[:, None])
     total = total.view(views, frames, -1, 4)                                  # (V, N, K, 4)
     weight = total[..., 3:]
     mean = total / weight.clamp_min(1e-6)
