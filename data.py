@@ -547,12 +547,10 @@ def cast(scene, camera, size):
     windows = torch.cat([low, high + 1], -1)
     windows = windows.ceil().clamp_min(0).long()
     starts = transform(origin, scene["inverse"])[..., None]                         # (P, N, 3, 1)
-    weights, limits = scene["shape"].split([3, 2], 1)
     for index, (left, top, right, bottom) in enumerate(windows.tolist()):
         window = np.s_[:, top:bottom, left:right]
         before = depth[window]                               # a view: fmin writes into depth
-        weight = weights[index, None]
-        low, high = limits[index]
+        weight, low, high = scene["shape"][index, None].split([3, 1, 1], 1)
         # square depth^2 + 2 half depth + rest = 0 on the quadric; NaN where the ray misses it
         start = starts[index]
         turn = scene["inverse"][index, :, :3, :3]
