@@ -521,8 +521,7 @@ def lay_out(action, tool, target, draw, frames):
     pose = torch.stack(poses)
     scene = {"pose": pose, "inverse": pose.inverse(), "part": torch.tensor(parts)}
     scene["shape"] = torch.stack([numbers(SHAPES[name]) for name in shapes])
-    colours = [(surface[name], stripe[name]) for name in names]
-    scene["colours"] = torch.tensor(colours)
+    scene["colours"] = torch.tensor([(surface[name], stripe[name]) for name in names])
     scene["lamp_place"] = torch.tensor([draw(-.5, .3), draw(-.4, .1), 1.1])
     return scene
 
