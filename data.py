@@ -221,8 +221,7 @@ def carry_references(tracks, valid, camera, references, given, stride):
     offset = offset.take_along_dim(winner.flatten(2)[..., None], 2)           # (V, N, H W, 2)
     place = pixel_centres(size, uv.device).flatten(0, 1) + offset
     place = 2 * place / place.new_tensor(size[::-1]) - 1
-    pictures = references[source]
-    seen = F.grid_sample(pictures, place, padding_mode="border", align_corners=False)
+    seen = F.grid_sample(references[source], place, padding_mode="border", align_corners=False)
     seen = seen.unflatten(3, size)
     return torch.where(hit[:, None], seen, 0.0)
 
