@@ -372,8 +372,8 @@ def axes_along(z, near_y):
 
 def affine(axes, origin):
     """Matrices (...,4,4) of the maps x -> axes (...,3,3) x + origin (...,3)."""
-    matrix = torch.cat([axes, origin[..., None]], -1)
-    matrix = F.pad(matrix, (0, 0, 0, 1))
+    matrix = F.pad(axes, (0, 1, 0, 1))
+    matrix[..., :3, 3] = origin
     matrix[..., 3, 3] = 1
     return matrix
 
