@@ -278,8 +278,8 @@ class Scenes(Dataset):
             sample = torch.load(path, weights_only=True)
         except Exception:                     # no cache (None), none yet, or damaged: make it anew
             sample = make()
-            sample["video"] = (127.5 * (sample["video"] + 1)).round().to(torch.uint8)
-            sample["pseudo"] = (32767 * sample["pseudo"]).round().to(torch.int16)
+            sample["video"] = (127.5 * (sample["video"] + 1)).round().byte()
+            sample["pseudo"] = (32767 * sample["pseudo"]).round().short()
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 aside = path.with_suffix(f".{os.getpid()}.tmp")
