@@ -703,8 +703,7 @@ def as_tensor(value):
     if hasattr(value, "idxs"):
         return as_tensor(value.a).flatten()[value.idxs].view(value.preferred_shape)
     if hasattr(value, "indptr"):
-        counts = np.diff(value.indptr)
-        columns = np.repeat(range(len(counts)), counts)
+        columns = np.repeat(range(value._shape[1]), np.diff(value.indptr))
         dense = np.zeros(value._shape)
         dense[value.indices, columns] = value.data
         return as_tensor(dense)
