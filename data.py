@@ -192,8 +192,7 @@ def one_view(video, pseudo, scale, tracks, found, camera):
     in [0,1] shows its depth, to within a pixel's width. Tracks not found never are, and are 0."""
     intrinsics, extrinsics = camera
     uv, depth = project(tracks, intrinsics, extrinsics)                       # (1, N, K)
-    blue = pseudo[:, 2].flatten(2)                                            # (1, N, H W)
-    surface = metric_depth(blue, scale[0])
+    surface = metric_depth(pseudo[:, 2].flatten(2), scale[0])                 # (1, N, H W)
     around = cells_around(uv, video.shape[2:], 1)
     gaps = torch.stack([surface.gather(2, pixel) - depth for pixel, _, _ in around])
     visible = gaps.abs().amin(0) < depth / intrinsics[0, 0, 0]
