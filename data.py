@@ -804,8 +804,7 @@ class TACO(Scenes):
         if len(paths) != 2:
             raise ValueError(f"expected poses of tool and target, got {paths}")
         objects = [as_tensor(np.load(path)) for path in paths]                   # (F, 4, 4)
-        window = np.arange(self.frames) * 30 / 8                                 # 8 a second
-        window = window.round().astype(int)
+        window = (np.arange(self.frames) * 30 / 8).round().astype(int)           # 8 a second
         if self.split == "train":
             spare = min(map(len, objects)) - window[-1] - 5   # others may end a little earlier
             window += chance.integers(max(1, spare))
