@@ -285,7 +285,7 @@ class Scenes(Dataset):
                 content = io.BytesIO()
                 torch.save(sample, content)
                 aside.write_bytes(content.getbuffer())        # a full disk is an OSError
-                os.replace(aside, path)
+                aside.replace(path)
         sample["video"] = sample["video"] / 127.5 - 1
         sample["pseudo"] = sample["pseudo"] / 32767
         for key in sample.keys() - {"prompt"}:
