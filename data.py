@@ -667,16 +667,15 @@ class SyntheticHOI(Scenes):
 TACO_UNSEEN = r"\((.+, )?(hammer|measure),"      # action or tool of "unseen": the paper's examples
 DENSITY = 16                           # points of surface for a pixel of the picture
 PICKLE_SAFE = """torch._utils._rebuild_tensor_v2 torch._utils._rebuild_parameter numpy.ndarray
-    numpy.dtype numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct
-    numpy.core.numeric._frombuffer numpy._core.numeric._frombuffer collections.OrderedDict
-    __builtin__.set builtins.set _codecs.encode""".split()
+    numpy.dtype numpy.core.multiarray._reconstruct numpy.core.numeric._frombuffer
+    collections.OrderedDict __builtin__.set builtins.set _codecs.encode""".split()
 
 
 class SafeUnpickler(pickle.Unpickler):
     """Opens pickles of tensors and arrays. A class of chumpy or scipy.sparse is an empty one: it
     keeps an object's fields, takes no arguments and runs nothing. All else is a ValueError."""
     def find_class(self, module, name):
-        full = f"{module}.{name}"
+        full = f"{module}.{name}".replace("numpy._core", "numpy.core")   # numpy 2 renamed it
         if full in PICKLE_SAFE:
             found = super().find_class(module, name)    # a function anew, for a file may alter it
             return found if isinstance(found, type) else lambda *given: found(*given)
