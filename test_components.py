@@ -160,14 +160,6 @@ class TestData:
         towards = points - eyes[:, None, None]
         assert close(direction, F.normalize(towards, dim=-1))
 
-    def test_the_nearest_track_wins_whatever_the_order(self):
-        camera = torch.tensor([[[20., 0, 12], [0, 20, 8], [0, 0, 1]]]), torch.eye(4)[None]
-        near, far = [0.02, 0.02, 1], [0.04, 0.04, 2]                         # on one ray
-        tracks = torch.tensor([[[near, far], [far, near]]])                  # two frames
-        pseudo, _ = data.tracks_to_pseudo_video(tracks, None, *camera, (16, 24))
-        assert close(pseudo[0, :, :, 8, 12].T, torch.tensor([0.51667, 0.525, 0.3]))
-        assert close(pseudo[0, :, 0, 8, 19], torch.tensor([0.8125, 0.53125, 0]))       # background
-
     def test_votes_undo_the_drawing(self, scene):
         cameras = scene["intrinsics"], scene["extrinsics"]
         truth, seen, scale = scene["tracks"], scene["visible"], scene["scale"]
@@ -186,9 +178,9 @@ class TestData:
         shift = 16 * torch.arange(3).view(3, 1)
         before = behind.repeat(3, 1, 1)                                      # moves, in 3 frames
         before[..., 0] = 0.36 * behind[:, 0] + shift
-        uv = torch.cat([before, behind.expand_as(before)], 1)[None]
+        uv = torch.cat([behind.expand_as(before), before], 1)[None]
         depth = torch.full(uv.shape[:3], 0.6)
-        depth[:, :, :64 * 96] = 0.5
+        depth[:, :, 64 * 96:] = 0.5
         points = data.unproject(uv, depth, *camera)
         pseudo, scale = data.tracks_to_pseudo_video(points, None, *camera, size)
         tracks, found = data.tracks_on_grid(points, camera, size, 4)
@@ -289,6 +281,9 @@ class TestData:
         read, _ = data.pseudo_video_to_tracks(pseudo, found["scale"], *cameras, 4)
         assert (read - tracks).norm(dim=3)[visible].median() < metres
         blue = pseudo[0, 2]
+        background = blue[0] == 0                              # shows its own place
+        own = data.pixel_centres(size[::-1]) / torch.tensor(size)
+        assert close(pseudo[0, :2, 0].movedim(0, 2)[background], own[background], 1e-4)
         foreground = blue[blue > 0.15]                         # from nearest to furthest
         assert close(foreground.min(), 0.3, 1e-4)
         assert close(foreground.max(), 1, 1e-4)
