@@ -495,16 +495,12 @@ class TestNetworks:
             expected = math.sqrt(after) * clean + kept * noise + math.sqrt(new) * fresh
         assert close(scheduler.step(velocity, noisy, t, t / 2, eta, fresh), expected)
 
-    def test_a_camera_further_back_expects_a_scale_further_off(self, models, batch):
+    def test_a_camera_further_back_expects_a_scale_further_off(self, batch):
+        models = cycle.Models(train.PRESETS["tiny"])                         # it says the usual
         poses = batch["extrinsics"].clone()
         poses[:, 0, 2, 3] += 0.1                                             # view 0; metres
-        near = cycle.usual_scale(models, batch["extrinsics"])
-        far = cycle.usual_scale(models, poses)
-        assert close(far, near + torch.tensor([[0.1], [0]]))
-        arguments = arguments_of("mjd")
-        before = models.mjd(**arguments)[2]
-        arguments["usual"] += 0.1
-        assert close(models.mjd(**arguments)[2], before + 0.1)
+        near, far = states(models, batch)[0], states(models, batch | {"extrinsics": poses})[0]
+        assert close(far.scale, near.scale + torch.tensor([[0.1], [0]]))
 
     @each("path", ["flow", "cosine"])
     def test_networks_that_know_the_truth_sample_it(self, models, batch, monkeypatch, path):
