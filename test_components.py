@@ -734,7 +734,7 @@ class TestPrograms:
             assert torch.equal(value, sampled[key]), key
         assert (sampled["vae.latent_std"] != 1).all()                # measured, of a new VAE too
 
-    def test_averages_go_on_after_ctrl_c_and_at_another_size(self, monkeypatch, batch):
+    def test_averages_go_on_after_ctrl_c_and_at_another_size(self, monkeypatch):
         stop_in_step(monkeypatch, 5)                                         # the second of base
         assert run("out", "--stage all --steps 3") == 0
         kept = torch.load("out/checkpoint.pt")
@@ -743,11 +743,6 @@ class TestPrograms:
         apart = (kept["weights"]["mjd.modality"] - average["mjd.modality"]).abs().mean()
         assert 0 < apart < 2e-4
         assert kept["optimiser"]["param_groups"][0]["lr"] == pytest.approx(7.625e-4)
-        vae = cycle.load_models(Path("out/checkpoint.pt")).vae
-        mean, _ = vae.moments(batch["pseudo"])
-        plain = vae.reconstruct(mean).clamp(-1, 1)
-        latents = vae.encode(batch["pseudo"], "motion")
-        assert close(vae.decode(latents, "motion"), plain, 1e-4)
         assert run("out", "--stage dpa --minutes 1e-9 --size 48x48 --frames 9") == 0
         weights = torch.load("out/checkpoint.pt")["weights"]
         assert torch.equal(weights["mjd.modality"], average["mjd.modality"])
