@@ -288,13 +288,6 @@ class TestData:
         assert close(foreground.min(), 0.3, 1e-4)
         assert close(foreground.max(), 1, 1e-4)
 
-    @each("encoding", ["utf-8-sig", "utf-16"])
-    def test_a_split_file_is_followed(self, tree, encoding):
-        shutil.copytree(tree / "Hand_Poses", "Hand_Poses")
-        Path("split.csv").write_text("022,train\r\n(stir, spoon, cup)/023, test_1\n", encoding)
-        for split, names in (("train", TREE[3:4]), ("test_1", TREE[4:5]), ("val", [])):
-            assert data.TACO(".", tree, split).names == names
-
     def test_mano_equals_matrices(self, tree):
         one = torch.eye(3)
         np.savez("MANO_RIGHT.npz", **data.load_mano(tree, "RIGHT"))
@@ -910,7 +903,7 @@ class TestPrograms:
         still = json.loads(Path("new/eval.json").read_text())["all"]["baseline"]
         assert still["tracks_cm"] > 0 and still["tracks_cm_ci"] is None      # of one scene
         shutil.copytree(tree, "broken")
-        Path("broken/split.csv").write_text("".join(f"{name},unseen\n" for name in TREE[:2]))
+        Path("broken/split.csv").write_text("019,unseen\n020,unseen\n", "utf-8-sig")
         np.save(Path("broken/Object_Poses") / TREE[0] / "tool_1.npy", np.zeros((99, 3, 4)))
         broken = f"--data taco --data-root broken --mano-dir {tree}"
         assert call(sample, f"{flags} --scenes 2 --eval --split unseen {broken}") == 0
@@ -918,7 +911,9 @@ class TestPrograms:
         assert "all" in table and table["unseen"]["scenes"] == 1
         assert call(sample, f"{flags} --eval") == 2                          # not without the data
         assert "Hand_Poses" in one_line(capsys)
-        Path("broken/split.csv").write_text(f"{TREE[0]},val\n{TREE[1]},train\n")
+        listed = f"019,val\r\n{TREE[1]}, train\r\n"
+        Path("broken/split.csv").write_text(listed, "utf-16")
+        assert data.TACO("broken", tree, "train").names == TREE[1:2]
         assert run("again", f"--stage base --steps 1 --views 3 {broken}") == 0
 
     def test_the_truth_wins_every_trial_of_actions(self, monkeypatch):
