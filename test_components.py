@@ -561,19 +561,16 @@ class TestNetworks:
             assert (parameter.grad is not None and parameter.grad.any()) == expected, name
 
     def test_a_step_hides_views_references_and_prompts(self, monkeypatch):
-        loops, counts, pairs = [], [], []
-
-        def note(models, batch, given, loop, aligned):
-            loops.append(loop)
-            counts.extend(given.sum(1).tolist())
-            scales = batch["scale"][:, 0, 0].tolist()
-            pairs.extend(zip(batch["prompt"], scales))
-        monkeypatch.setattr(train, "joint_losses", note)
-        models = SimpleNamespace(device="cpu")
+        losses, loops, counts, pairs = Mock(), [], [], []
+        monkeypatch.setattr(train, "joint_losses", losses)
+        scale = torch.tensor([1, 2]).view(2, 1, 1).expand(2, 3, 2)
         for step in range(400):
-            scale = torch.tensor([1, 2]).view(2, 1, 1).expand(2, 3, 2)
             batch = {"prompt": ["one", "two"], "scale": scale}
-            train.stage_losses("joint", models, batch, step)
+            train.stage_losses("joint", Mock(device="cpu"), batch, step)
+            _, batch, given, loop = losses.call_args.args
+            loops.append(loop)
+            counts += given.sum(1).tolist()
+            pairs += zip(batch["prompt"], batch["scale"][:, 0, 0].tolist())
         assert set(pairs) == {("", 1), ("", 2), ("one", 1), ("two", 2)}
         assert set(counts) == {1, 2, 3}
         silent = [not prompt for prompt, _ in pairs]
