@@ -752,7 +752,6 @@ class TestPrograms:
     @each("fault, flags, word", [
         (spoiled("pseudo", torch.Tensor.abs), "--data data:Spoiled", "pseudo"),
         (spoiled("video", lambda x: 2 * x + 1), "--data data:Spoiled", "video -?.* to [23]"),
-        (spoiled("tracks", lambda x: 100 * x), "--data data:Spoiled", "cell k"),      # cm
         (spoiled("scale", torch.Tensor.numpy), "--data data:Spoiled", "scale"),
         (spoiled("scale", lambda x, good=iter([1, 1]): x * next(good, math.nan)),
          "--data data:Spoiled", "data .*scale"),
