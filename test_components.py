@@ -683,7 +683,7 @@ BAD = {
     run: """--rate nan;--size 30x40;--frames 4;--steps 9 --rate 1e30;--resume;--out FILE;--data taco
         ;--data nothing:Here;--out ../trained --preset small;--out ../trained --stage all
         ;--out ../trained --stage vae --resume;--out ../trained --resume --views 1
-        ;--out ../trained --resume --data data:SyntheticHOI""",
+        ;--out ../trained --resume --data data:SyntheticHOI;--seed 1000000""",
     shoot: """--ref none.png;--ref NAN.tiff;--ref REF REF REF;--prompt=;--cameras FILE
         ;--prompt a,b,c,d,e,f,g,h,i,j,k,l,m,n,o,p;--eta nan
         ;--weights FILE;--weights ../HOSTILE.pt"""}
