@@ -643,8 +643,10 @@ def programs(tmp_path_factory):
     shutil.copy(HERE / "assets/ref.png", base / "trained")
     shutil.copytree(base / "trained", base / "pair")
     state = torch.load(base / "trained/checkpoint.pt")
-    state["average"]["mjd.modality"] = Hostile("executed")
-    torch.save(state, base / "HOSTILE.pt")
+    bad = {"NAN.pt": torch.full((2, 64), math.nan), "HOSTILE.pt": Hostile("executed")}
+    for name, value in bad.items():
+        state["average"]["mjd.modality"] = value
+        torch.save(state, base / name)
     (base / "pair/pair.py").write_text(PAIR)
     script = f"""set -e; cd {base}/pair; python={sys.executable}; weights=runs/tiny/weights.pt
         export OMP_NUM_THREADS=1 PYTHONPATH={HERE} MPLBACKEND=module://no_such_backend
@@ -686,7 +688,7 @@ BAD = {
         ;--out ../trained --resume --data data:SyntheticHOI;--seed 1000000""",
     shoot: """--ref none.png;--ref NAN.tiff;--ref REF REF REF;--prompt=;--cameras FILE
         ;--prompt a,b,c,d,e,f,g,h,i,j,k,l,m,n,o,p;--eta nan
-        ;--weights FILE;--weights ../HOSTILE.pt"""}
+        ;--weights FILE;--weights ../NAN.pt;--weights ../HOSTILE.pt"""}
 
 
 @pytest.mark.usefixtures("programs")
