@@ -11,7 +11,7 @@ Units and frames, everywhere in this project
     points, tracks   metres, world frame (the synthetic world: z up, origin on the table)
     depth, scale     metres along the camera's z axis; scale: the range of the visible foreground
     uv, anchors      pixels; the centre of the top left pixel is (0.5, 0.5); the networks get
-                     anchors in [0, 1] of the picture, and points that the DPA has normalised
+                     anchors in [0, 1] of the picture, and points as the DPA normalises them
     cameras          intrinsics (V,3,3) in pixels; extrinsics (V,4,4) world -> camera, OpenCV axes
     video, pseudo    in a sample dict both are in [-1, 1]; what draws and reads tracks: [0, 1]
 
@@ -51,7 +51,7 @@ NEAREST = 1e-3               # metres of depth: what is nearer, or behind the ca
 @torch.autocast("cuda", enabled=False)                 # bf16 would move a point by 0.16 pixels
 @torch.autocast("cpu", enabled=False)
 def transform(points, matrices):
-    """Points (...,n) under affine maps: (...,n+1,n+1), one a point, or (V,n+1,n+1), one a view."""
+    """Points (...,n) under affine maps (...,n+1,n+1), which broadcast; (V,n+1,n+1): one a view."""
     while matrices.ndim <= points.ndim:
         matrices = matrices.unsqueeze(1)
     turned = torch.einsum("...ij,...j->...i", matrices[..., :-1, :-1], points.to(matrices))
@@ -99,9 +99,9 @@ def plucker_rays(intrinsics, extrinsics, size):
 # ------------------------------------------------------- motion representation (Sec. 3.2, Fig. 3)
 
 def cells_around(place, size, reach):
-    """The (2 reach)^2 cells of a grid (H,W) that are nearest to places (...,2), one after another:
-    slots (...) in reading order, and the way along x and y from their centres, in cells. What is
-    beyond the border is a cell at the border."""
+    """The (2 reach)^2 cells of a grid (H,W) nearest to places (...,2), in cells, one after another:
+    cell numbers (...) in reading order, and how far along x and y the places are from its centre.
+    In place of a cell beyond the border comes the border's (again)."""
     height, width = size
     x, y = (place - 0.5).unbind(-1)                          # the centre of cell 0 is 0
     for right, down in itertools.product(range(1 - reach, reach + 1), repeat=2):
@@ -140,20 +140,20 @@ def metric_depth(blue, scale):
 
 
 def splat(uv, depth, shown, size, radius):
-    """z-buffer of discs around uv (V,N,P,2), depth (V,N,P), where shown: winner (V,N,H,W),
-    the slot that each pixel sees, and hit (V,N,H,W). The nearest wins, at equal depth the nearest
-    centre (2 mm a pixel): keys are depth in 0.1 mm, in the high bits, and the slot."""
+    """z-buffer: discs at uv (V,N,P,2), depth (V,N,P), where shown -> winner (V,N,H,W), the point
+    that each pixel sees, and hit (V,N,H,W). The smallest key wins: in its high bits the depth, plus
+    2 mm a pixel of distance from the disc's centre, in 0.1 mm; in the low 24 the point's number."""
     views, frames, count = depth.shape
     pixels = math.prod(size)
-    slot = torch.arange(count, device=uv.device)
-    buffer = slot.new_full((views, frames, pixels + 1), 2 ** 62)
+    point = torch.arange(count, device=uv.device)
+    buffer = point.new_full((views, frames, pixels + 1), 2 ** 62)
     shown = shown & (depth > NEAREST)
     for pixel, x, y in cells_around(uv, size, math.ceil(radius)):
         distance = torch.hypot(x, y)
         drawn = shown & (distance <= radius)
         pixel = torch.where(drawn, pixel, pixels)
         order = (depth + 0.002 * distance).clamp(0, 1e4)
-        key = (1e4 * order).long() << 24 | slot
+        key = ((1e4 * order).long() << 24) | point
         buffer.scatter_reduce_(2, pixel, key, "amin")
     buffer = buffer[..., :-1].unflatten(2, size)
     return buffer & 0xFFFFFF, buffer < 2 ** 62
@@ -161,13 +161,13 @@ def splat(uv, depth, shown, size, radius):
 
 def tracks_to_pseudo_video(tracks, visible, intrinsics, extrinsics, size, scale=None, anchors=None):
     """Proj & Norm: each track is a disc at its pixel, in its anchor's colour. tracks (V,N,K,3),
-    visible (V,N,K) or None -> pseudo (V,3,N,H,W) in [0,1], scale. None: scale (V,2) is the range of
-    what is seen, anchors (K,2) or (V,K,2) the pixels in frame 0."""
+    visible (V,N,K) -> pseudo (V,3,N,H,W) in [0,1], scale. Where None, visible is all, scale (V,2)
+    the range of what is seen, anchors (K,2) or (V,K,2) the tracks' pixels in frame 0."""
     uv, depth = project(tracks, intrinsics, extrinsics)                       # (V,N,K,2), (V,N,K)
     shown = True if visible is None else visible
     first = uv[:, 0]                                                          # (V, K, 2)
     anchors = first if anchors is None else anchors.expand_as(first)
-    cell = min((size[0] * size[1] / tracks.shape[2]) ** 0.5, 8)      # pixels; a few are no grid
+    cell = min((size[0] * size[1] / tracks.shape[2]) ** 0.5, 8)      # pixels; 8: if tracks are few
     radius = max(DISC, TOUCHING * cell)
     winner, hit = splat(uv, depth, shown, size, radius)
     index = winner.flatten(2)                                                 # (V, N, H W)
@@ -182,8 +182,8 @@ def tracks_on_grid(points, camera, size, stride):
     # The cells of the grid are the pixels of a picture `stride` times smaller.
     uv, depth = project(points[:, :1], *camera)
     cells = [side // stride for side in size]
-    track, found = splat(uv / stride, depth, True, cells, DISC / stride)
-    return points[:, :, track.flatten()], found.flatten()
+    point, found = splat(uv / stride, depth, True, cells, DISC / stride)
+    return points[:, :, point.flatten()], found.flatten()
 
 
 def one_view(video, pseudo, scale, tracks, found, camera):
@@ -205,12 +205,12 @@ def one_view(video, pseudo, scale, tracks, found, camera):
 
 
 def carry_references(tracks, valid, camera, references, given, stride):
-    """Beyond the paper: references (V,3,H,W) of the views given (V,), carried along tracks that are
-    ever valid, (V,N,K,3), (V,N,K) -> (V,3,N,H,W), 0 where none is. A view takes its own, or the
-    nearest camera's: a pixel's colour is found at its track's anchor, plus its offset from it."""
+    """Beyond the paper: references (V,3,H,W), carried along tracks (V,N,K,3) that are ever valid
+    (V,N,K) -> (V,3,N,H,W), 0 where none is. A view uses its own if given (V,), else the nearest
+    given camera's; a pixel's colour is there at its track's anchor, plus its offset from it."""
     size = references.shape[-2:]
     eyes = camera_centres(camera[1])
-    away = torch.cdist(eyes, eyes).fill_diagonal_(-1)                         # (V, V) metres
+    away = torch.cdist(eyes, eyes).fill_diagonal_(-1)                # (V, V) metres; own: first
     away[:, ~given] = torch.inf
     source = away.argmin(1)
     shown = valid.any(1, keepdim=True) & given[:, None, None]                 # (V, 1, K)
@@ -227,21 +227,21 @@ def carry_references(tracks, valid, camera, references, given, stride):
 
 def pseudo_video_to_tracks(pseudo, scale, intrinsics, extrinsics, stride):
     """Denorm & Unproj: pseudo (V,3,N,H,W) in [0,1] -> tracks (V,N,K,3), and valid (V,N,K), else 0.
-    A foreground pixel votes for the four cells nearest to the anchor its colour names, less its
-    offset from their middle. A track is the mean of its votes, valid where it has any, and
-    foreground in frame 0."""
+    A foreground pixel votes for the four cells nearest to the anchor its colour names: with its own
+    place, less its offset from the cell's centre. A track is the weighted mean of its votes, valid
+    where it has any, and where its cell is foreground in frame 0."""
     views, _, frames, *size = pseudo.shape
     down, across = [side // stride for side in size]
     pictures = rearrange(pseudo, "v c n h w -> (v n) h w c")
-    place = (pictures[..., 2] > FOREGROUND_THRESHOLD).nonzero(as_tuple=True)  # P votes
-    picture, row, column = place
-    red, green, blue = pictures[place].unbind(-1)
+    votes = (pictures[..., 2] > FOREGROUND_THRESHOLD).nonzero(as_tuple=True)  # 3 of (P,)
+    picture, row, column = votes
+    red, green, blue = pictures[votes].unbind(-1)
     depth = metric_depth(blue.clamp(FOREGROUND_BLUE, 1), scale[picture // frames])
     one = torch.ones_like(depth)
-    total = depth.new_zeros(views * frames * down * across, 4)                # u, v, depth, one
+    total = depth.new_zeros(views * frames * down * across, 4)                # u, v, depth, weight
     anchor = torch.stack([red * across, green * down], -1)                    # (P, 2) in cells
     for cell, x, y in cells_around(anchor, (down, across), 1):
-        weight = torch.exp(-(x.square() + y.square()) / 0.32)
+        weight = torch.exp(-(x.square() + y.square()) / 0.32)                 # sigma: 0.4 cells
         slot = picture * down * across + cell
         vote = torch.stack([column + 0.5 - stride * x, row + 0.5 - stride * y, depth, one], -1)
         total.index_add_(0, slot, vote * weight[:, None])
@@ -272,7 +272,7 @@ class Scenes(Dataset):
 
     def cached(self, name, make):
         """The sample of `make()`; if there is a cache, kept in a file, whole or not at all."""
-        path = self.cache and Path(self.cache) / f"{name} {self}.pt"      # all fields above in it
+        path = self.cache and Path(self.cache) / f"{name} {self}.pt"      # {self}: the fields above
         try:
             sample = torch.load(path, weights_only=True)
         except Exception:                     # no cache (None), none yet, or damaged: make it anew
@@ -284,7 +284,7 @@ class Scenes(Dataset):
                 aside = path.with_suffix(f".{os.getpid()}.tmp")
                 content = io.BytesIO()
                 torch.save(sample, content)
-                aside.write_bytes(content.getbuffer())        # a full disk is an OSError
+                aside.write_bytes(content.getbuffer())        # a full disk is an OSError then
                 aside.replace(path)
         sample["video"] = sample["video"] / 127.5 - 1
         sample["pseudo"] = sample["pseudo"] / 32767
@@ -309,7 +309,7 @@ ACTIONS = {                            # tools and targets; every pair makes a t
 }
 TRIPLETS = [(action, tool, target) for action, (tools, targets) in ACTIONS.items()
             for tool in tools.split() for target in targets.split()]
-UNSEEN = TRIPLETS[3::6]      # kept out of training, by place (append); the others have their words
+UNSEEN = TRIPLETS[3::6]      # held out, every sixth (so only append); others have all their words
 
 # Every piece is a quadric a x^2 + b y^2 + c z^2 = 1 with low <= z <= high: a, b, c, low, high.
 SHAPES = {"ball": "1 1 1 -9 9", "bowl": "1 1 1 -9 0", "dish": "1 1 1 -9 -.35", "tube": "1 1 0 -1 1",
@@ -344,8 +344,8 @@ hand                                    skin    ball    -3 -1.6 -.25  -3 1.6 -.2
 arm                                     skin    ball    0 0 -2        0 0 16        2.6 2.6
 arm                                     sleeve  tube    0 0 8         0 0 40        3.9 3.9
 """
-# How a hand holds a thing: height and radius of the work there, radius of what is held; place;
-# directions of thumb and palm; bends of a finger (degrees); joints of the thumb in its hand; cm.
+# How a hand holds a thing, 8 triples, cm: height and radius of the work, radius of what is held;
+# the palm's place; directions of thumb; of palm; bends of a finger (degrees); joints of the thumb.
 GRIPS = {
     "tool": "0 0 1.3  0 0 0  0 0 1  -.66 -.75 0  62 88 48  -5 .5 2  -2.5 3.7 4.6  1.2 4.9 4.2",
     "bowl": "4.5 3.5 7.5  0 0 5  0 0 1  -1 0 0  25 25 18  -5 .5 2  -2.5 1 5  1.2 2 6",
@@ -395,7 +395,7 @@ def look_at(eye, aim, focal, size):
 
 def camera_rig(views, size, draw=lambda low, high: (low + high) / 2):
     """Cameras on an arc from the person's left (view 0) to the right, the middle one opposite."""
-    zoom = min(size[0] / .305, size[1] / .4575)
+    zoom = min(size[0] / .305, size[1] / .4575)              # pixels a metre, at the aim
     aim = torch.tensor([-.04, .04, .09])
     cameras = []
     for place in range(1 - views, views, 2):
@@ -415,13 +415,13 @@ def held(name, grip, pose, left):
     work, place, thumb, palm, bends = rows[:5]
     mirror = torch.tensor([1 - 2 * left, 1, 1])
     axes = axes_along(thumb, palm) * mirror
-    place = place - (1 + work[2]) * axes[:, 1]               # from the middle of what is held
+    place = place - (1 + work[2]) * axes[:, 1]               # the palm's: radius and 1 cm off
     hand = pose @ affine(axes, place)
     wrist = transform(torch.tensor([-8, 0, -.5]), hand)
     elbow = torch.tensor([-.33, .35, .15]) * mirror
     axes = axes_along(elbow - wrist, torch.tensor([0., 1., 0.]))
     arm = affine(.01 * axes, wrist)                          # cm to the world
-    # The joints of one finger, from its knuckle; each bends it further. The others are like it.
+    # Joints of a finger from its knuckle, as x + iy; each bends it further. The others are like it.
     angle = F.pad(bends, (1, 0)).deg2rad().cumsum(0)
     finger = torch.polar(torch.tensor([0, 4.3, 2.8, 2.2]), angle).cumsum(0)
     finger = F.pad(torch.view_as_real(finger), (0, 1))
@@ -456,7 +456,7 @@ def motion(action, target, draw, frames):
     # its handle; the target's turn. Each begins at 0, so that frame 0 is the same.
     forward = left = pitch = yaw = spin = turn = still
     wave = math.tau * phase
-    go = wave.clamp(max=math.pi / 2).sin()                   # under way from a quarter on
+    go = wave.clamp(max=math.pi / 2).sin()                   # 0 to 1 in the first quarter, then 1
     up = -.04 * go                                           # it begins 4 cm above the work
     if action == "stir":
         forward = reach * go * (1.5 * wave).cos()
@@ -512,7 +512,7 @@ def lay_out(action, tool, target, draw, frames):
     tool_pose, target_pose = motion(action, target, draw, frames)
     right = held(tool, "tool", tool_pose, 0)
     left = held(target, target, target_pose, 1)
-    # The table comes last: the upper plane of z^2 = 1, whose middle is a metre below it.
+    # The table comes last, as piece -1: the upper plane of z^2 = 1, in a frame a metre below it.
     table = affine(torch.eye(3), torch.tensor([0., 0., -1.])).expand(frames, 4, 4)
     pieces = right + left + [(table, "plane", "table", 4)]
     poses, shapes, names, parts = zip(*pieces)
@@ -533,7 +533,7 @@ def cast(scene, camera, size):
     ahead = unproject(uv, uv.new_ones(1), *camera)
     direction = (ahead - origin).movedim(-1, 0)                                     # (3, ...)
     descent = -direction[2]
-    depth = origin[2] / descent.clamp_min(origin[2] / 3)     # no depth is over 3 m
+    depth = origin[2] / descent.clamp_min(origin[2] / 3)     # the table's, 3 m at most
     depth = depth.repeat(scene["pose"].shape[1], 1, 1)
     piece = torch.full_like(depth, -1, dtype=torch.long)
     # Left, top, right, bottom of where each piece may be: around the corners of its box
@@ -555,8 +555,8 @@ def cast(scene, camera, size):
         square = weight @ ray.square()                                              # (N, 1, R)
         half = (weight * start.mT) @ ray
         rest = weight @ start.square() - 1
-        root = half.square() - square * rest
-        root = root * root.rsqrt()                           # sqrt of negatives is slow on a CPU
+        inner = half.square() - square * rest
+        root = inner * inner.rsqrt()                         # sqrt of negatives is slow on a CPU
         for side in (-1, 1):                                 # into it, and out of it
             found = (side * root - half) / square
             height = start[:, 2:] + found * ray[:, 2:]
@@ -569,7 +569,7 @@ def cast(scene, camera, size):
 
 
 def paint(scene, origin, points, piece):
-    """The video (3,N,H,W) in [-1,1] of what `cast` found, and its places in the pieces' frames."""
+    """Video (3,N,H,W) in [-1,1] of what `cast` found, and the points in their pieces' frames."""
     frame = torch.arange(len(piece), device=piece.device)
     inverse = scene["inverse"][piece, frame[:, None, None]]                # (N,2H+1,2W+1,4,4)
     local = transform(points, inverse)
@@ -581,7 +581,7 @@ def paint(scene, origin, points, piece):
     side = slope * (origin - points)
     side = side.sum(-1, keepdim=True).sign()                 # the camera's
     normal = F.normalize(side * slope, dim=-1)
-    # exp(100 (the lamp's depth of what it sees there - of the point + 1 cm)): a soft shadow
+    # exp(100 (depth of what the lamp sees there - depth of the point + 1 cm)), m: a soft shadow
     uv, depth = project(points, *scene["lamp"])
     place = uv / 20 - 1
     light = F.grid_sample(scene["maps"], place, align_corners=True)[:, 0]
@@ -772,7 +772,7 @@ class TACO(Scenes):
                 part = listed.get(folder.name)
             if split in ("all", part):
                 self.names.append(name)
-        if not self.names and (split != "val" or not poses.exists()):  # all may be trained on
+        if not self.names and (split != "val" or not poses.exists()):  # val may be empty
             raise ValueError(f"expected {root}/Hand_Poses/*/* of split {split}, got none")
         self.models = {side: load_mano(mano_dir, side.upper()) for side in ("left", "right")}
 

@@ -6,8 +6,8 @@
     python sample.py --eval --json eval.json                    # the numbers of the README
 
 It writes into --out video_view*.mp4 and motion_view*.mp4 (enlarged), overview.png, overview.gif,
-viewer.html, tracks.npz: tracks (V,N,K,3) metres, world, a view's own, good if ever valid (V,N,K);
-anchors (K,2), cameras (pixels of the checkpoint's size), scale, fps, prompt. Same seed, same files.
+viewer.html, tracks.npz: a view's own tracks (V,N,K,3), metres, world, good if ever valid (V,N,K);
+anchors (K,2), cameras (at the checkpoint's size), scale, fps, prompt. Same seed, same files.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def parse(arguments=None):
 
 
 def read_picture(path, size):
-    """An image file as (3,H,W) in [-1,1]: first frame, upright, on white, its middle, resized."""
+    """An image file as (3,H,W) in [-1,1]: first frame, upright, on white, middle cut, resized."""
     try:
         if iio.improps(path, plugin="pillow", index=0).dtype not in ("uint8", "bool"):
             raise ValueError("it has more bits")
@@ -106,7 +106,7 @@ def read_rig(path, models):
         intrinsics[:, :2, 2] += (size - scale * full) / 2
         centre = models.dpa.scene_centre.cpu().expand(len(views), 1, 3)
         uv, depth = project(centre, intrinsics, extrinsics)
-        unproject(uv, depth, intrinsics, extrinsics)                       # or it says why not
+        unproject(uv, depth, intrinsics, extrinsics)                   # raises if it has no inverse
         away = (uv / size - 0.5).abs().amax()
         seen = away < 0.45 and 0.05 < depth.amin() < 20                    # so NaN is refused too
         if rig != models.config["rig"] and not seen:
@@ -118,7 +118,7 @@ def read_rig(path, models):
 
 
 def generate(models, scene, one=False, alone=False, **options):
-    """The closed loop (Sec. 3.5) from frame 0 of all views (one: the middle; alone: separately).
+    """The closed loop (Sec. 3.5) from frame 0 of all views (one: the middle; alone: one by one).
     Video, motion (V,3,N,H,W), tracks (V,N,K,3) m, valid (V,N,K), scale (V,2) m, given (V,)."""
     I = scene["video"][:, :, 0]
     given = (torch.arange(len(I)) == len(I) // 2) | (not one)
@@ -135,8 +135,8 @@ def generate(models, scene, one=False, alone=False, **options):
 
 
 def answer(models, settings):
-    """What `generate` makes of the user's pictures, rig and prompt, with them, as a dict; and sheet
-    (3,N,V H,3 W): of every view the video, the motion and the references along the tracks."""
+    """`generate`'s result for the user's pictures, rig and prompt, with these, as a dict. Its sheet
+    (3,N,V H,3 W): of each view the video, the motion and the references along the tracks."""
     size = models.config["size"]
     *cameras, names = read_rig(settings.cameras, models)
     views, count = len(names), len(settings.ref)
@@ -167,8 +167,8 @@ def write_results(result, out, mp4):
     """All files into a hidden folder in `out`, then each under its final name, whole. viewer.html
     is assets/viewer.html with its data, in which the frames of the sheet lie side by side."""
     h264 = {"plugin": "FFMPEG", "codec": "libx264", "quality": 9, "ffmpeg_log_level": "quiet"}
-    with tempfile.TemporaryDirectory(prefix=".", dir=out) as draft:
-        draft = Path(draft)
+    with tempfile.TemporaryDirectory(prefix=".", dir=out) as folder:
+        draft = Path(folder)
         for kind in ("video", "motion") if mp4 else ():
             for view, clip in enumerate(result[kind]):
                 iio.imwrite(draft / f"{kind}_view{view}.mp4", enlarged(clip), fps=FPS, **h264)
@@ -199,13 +199,13 @@ OPEN, FULL, ONE = "DPA, no loop", "closed loop (full)", "one reference: "
 SINGLE, JOINT = "one view at a time", "joint motion (MJD), no DPA"
 PAPER = "closed loop, the paper's guidance alone"
 ROWS = {SINGLE: {"alone": True, "aligned": False}, JOINT: {"aligned": False}, OPEN: {"loop": False}}
-ROWS |= {PAPER: {"carry": False}, FULL: {}}
-ROWS |= {ONE + OPEN: {"one": True, "loop": False}, ONE + FULL: {"one": True}}  # options of generate
+ROWS |= {PAPER: {"carry": False}, FULL: {}}                                   # options of generate
+ROWS |= {ONE + OPEN: {"one": True, "loop": False}, ONE + FULL: {"one": True}}
 
 
 def matching_pixels(video, scene):
-    """In place of Tab. 1's network: patches (7 x 7 colours, every 2 pixels) of two views at a time
-    that are each other's nearest by cosine, over 0.7, within 1.5 pixels of the epipolar line."""
+    """In place of Tab. 1's network: how many patches (7 x 7 colours, every 2 pixels) of a pair of
+    views are each other's nearest by cosine, over 0.7, within 1.5 pixels of the epipolar line."""
     factor = video.shape[3] / 64                       # at any size, the pixels of 64 rows
     video = F.interpolate(video, scale_factor=(1, 1 / factor, 1 / factor), mode="area")
     frames, height, width = video.shape[2:]
@@ -234,10 +234,10 @@ def matching_pixels(video, scene):
 
 
 def scores(result, scene):
-    """Metrics of a scene's video (V,3,N,H,W) and tracks (V,N,K,3): of visible points after frame 0
-    whose track was found. RPE: mean |p - p*| / |p*| in %, p* in the camera, not aligned; PI: share
-    under 0.25; across views |(p - q) - (p* - q*)| / |p*| in camera b, of a track p of view a and
-    b's track q that is truly nearest to it in frame 0, within 1 cm."""
+    """Metrics of a scene's video (V,3,N,H,W) and tracks (V,N,K,3), of points that are visible after
+    frame 0 and whose track was found; * is the truth. RPE: mean |p - p*| / |p*| in %, |p*| from the
+    camera, not aligned; PI: share under 0.25. Across views: |(p - q) - (p* - q*)| / |p*|, |p*| from
+    camera b; q: b's track whose truth is nearest to that of view a's p in frame 0, within 1 cm."""
     video, truth, points = result["video"], scene["video"], scene["tracks"]
     moving = (truth - truth[:, :, :1]).abs().amax(1) > 0.1
     moving &= scene["pseudo"][:, 2] > 2 * FOREGROUND_THRESHOLD - 1
@@ -249,7 +249,7 @@ def scores(result, scene):
     visible[:, 0] = False                                               # frame 0 is given
     found = result["valid"].any(1, keepdim=True)
     seen = visible & found
-    hands = seen & (scene.get("part", torch.full((1, 1), 3)) != 3)[:, None]   # TACO tells none
+    hands = seen & (scene.get("part", torch.full((1, 1), 3)) != 3)[:, None]   # TACO has no parts
     wrong = result["tracks"] - points                                         # (V,N,K,3)
     error = wrong.norm(dim=-1)
     eyes = camera_centres(scene["extrinsics"])[:, None, None]

@@ -34,15 +34,15 @@ from mjd import PATCH, Attention
 
 STAGES = {"vae": ["vae"], "base": ["mjd"], "dpa": ["dpa"], "joint": ["mjd", "dpa"]}   # trains what
 LOG_EVERY, SAVE_EVERY = 20, 300      # steps, seconds
-UNGUIDED, SINGLE_VIEW, TEXT_DROPOUT = 3, 5, 0.1    # each third step of joint, fifth but vae's
+UNGUIDED, SINGLE_VIEW, TEXT_DROPOUT = 3, 5, 0.1    # every 3rd joint step, 5th (not vae), share
 RANK = int(os.environ.get("RANK", 0))                # this process, of WORLD that torchrun starts
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")     # or it grows by GB on a CPU
 warnings.filterwarnings("ignore", ".*returned a view")     # FSDP2's; nothing changes it in place
 
-# Sizes, distinct scenes, peak rates, and lengths of stages: their shares of `minutes`
-# (the hour of two CPU cores), or steps
+# Sizes, distinct scenes, peak rates; lengths of stages: shares of `minutes` (small's: the hour of
+# two CPU cores), or where that is None steps
 SMALL = dict(size=(64, 96), frames=13, views=3, stride=4, batch=4, scenes=800, compile=True,
              checkpointing=False, rates=dict(vae=1e-3, mjd=1.5e-3, dpa=2e-3), minutes=56,
              lengths=dict(vae=7, base=20, dpa=9, joint=20), path="flow",
@@ -121,14 +121,14 @@ def parse(arguments=None):
 
 
 def undisturbed(worker):
-    """Ctrl-C is the main process's to handle."""
+    """Of a data worker: Ctrl-C is the main process's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def batches(dataset, count, seed=0, device="cpu", step=0, workers=0):
     """Endless batches of `count` samples, of seed and step alone: a resumed run sees the same."""
     seeded = map(torch.Generator().manual_seed, range(seed * 1_000_003 + step, 2 ** 62))
-    order = (torch.randint(len(dataset), (count,), generator=dice).tolist() for dice in seeded)
+    order = (torch.randint(len(dataset), (count,), generator=each).tolist() for each in seeded)
     try:
         for batch in DataLoader(dataset, batch_sampler=order, num_workers=workers,
                                 worker_init_fn=undisturbed):
@@ -180,7 +180,7 @@ def load(settings):
         if settings.stages[0] == "vae" or not source.exists():
             return Models(wanted | dict(trained=[])), "new weights"
     models = load_models(source)                        # the average
-    if models.config | wanted != models.config:
+    if (models.config | wanted) != models.config:
         raise ValueError(f"{source}: expected networks, path and (with --resume) --data, --size, "
                          "--views, --frames as then: repeat them, or --stage all with a new --out")
     return models, source
@@ -232,7 +232,7 @@ def report(text, **numbers):
 
 
 def train_stage(stage, settings, models, averaged, data, saved):
-    """A stage, or the rest of one, taken out of `saved`, to its end or to Ctrl-C: did it end?"""
+    """Runs a stage, or what is left of it after `saved`, used up here. False: Ctrl-C ended it."""
     device = models.device
     for name, network in models.named_children():
         network.requires_grad_(name in STAGES[stage])
@@ -244,7 +244,7 @@ def train_stage(stage, settings, models, averaged, data, saved):
         dcp.set_optimizer_state_dict(models, optimiser, saved.pop("optimiser"), options=WHOLE)
     else:
         models.config["trained"].append(dict(stage=stage, data=settings.data))
-    seed = 1000 * settings.seed + len(models.config["trained"])     # a stage run again sees others
+    seed = 1000 * settings.seed + len(models.config["trained"])     # run again, it sees others
     begun, saved_at = time.perf_counter() - spent, spent
     for batch in batches(data, settings.batch, seed * WORLD + RANK, device, step, settings.workers):
         state = torch.tensor([spent, settings.stop.is_set()])
@@ -262,7 +262,7 @@ def train_stage(stage, settings, models, averaged, data, saved):
         if ended:
             models.load_state_dict(averaged.state_dict())        # the averages go on
             return not stopped
-        # The rate: a linear warm-up, a cosine to a twentieth; of a preset half for two networks
+        # Rate: a linear warm-up, a cosine to 1/20; a preset's is halved where two networks train
         share = (0.525 + 0.475 * math.cos(math.pi * progress)) * min(1.0, progress / 0.02 + 0.005)
         for name, group in zip(STAGES[stage], optimiser.param_groups):
             group["lr"] = share * (settings.rate or settings.rates[name] / len(STAGES[stage]))
@@ -312,7 +312,7 @@ def validate(settings, models, stage, step):
         if stage == "vae":
             video = models.vae.decode(models.vae.encode(truth))
         else:
-            given = torch.ones_like(batch["scale"][..., 0]) > 0
+            given = torch.ones_like(batch["scale"][..., 0], dtype=torch.bool)
             cameras = batch["intrinsics"], batch["extrinsics"]
             *_, state = sample(models, truth[:, :, :, 0], given, batch["prompt"], cameras,
                                aligned=stage != "base", loop=stage == "joint")
@@ -383,7 +383,7 @@ def train(arguments=None):
     finally:
         if in_main:
             signal.signal(signal.SIGINT, before)
-    report(f"{settings.out}/weights.pt" if finished else "saved: repeat this with --resume")
+    report(f"wrote {settings.out}/weights.pt" if finished else "saved: repeat this with --resume")
 
 
 def main(arguments=None):
