@@ -218,7 +218,7 @@ class SampleState(NamedTuple):
     z_Mpv: torch.Tensor
     scale: torch.Tensor      # (B,V,2) metres
     coarse: torch.Tensor     # (B,V,N,K,3) metres: the tracks read from z_Mpv
-    valid: torch.Tensor      # (B,V,N,K) bool: read in that frame; the DPA tells the others
+    valid: torch.Tensor      # (B,V,N,K) bool: read in that frame; if in any, the DPA tells all
     tracks: torch.Tensor     # (B,V,N,K,3) metres: the DPA's, or without it the coarse ones
     guidance: torch.Tensor   # of the next step, (B,V,2,C,n,h,w), or None
 

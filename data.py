@@ -29,7 +29,7 @@ import pkgutil
 import re
 import subprocess
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -267,12 +267,13 @@ class Scenes(Dataset):
     views: int = 3
     stride: int = 4              # pixels: the side of a track's cell
     seed: int = 0
-    cache: str = field(default=None, repr=False)    # folder that keeps finished samples
-    device: str = field(default="cpu", repr=False)  # where they go
+    cache: str = None            # folder that keeps finished samples
+    device: str = "cpu"          # where they go
 
     def cached(self, name, make):
         """The sample of `make()`; if there is a cache, kept in a file, whole or not at all."""
-        path = self.cache and Path(self.cache) / f"{name} {self}.pt"      # {self}: the fields above
+        settings = self.split, self.size, self.frames, self.views, self.stride, self.seed
+        path = self.cache and Path(self.cache) / f"{name} {settings}.pt"
         try:
             sample = torch.load(path, weights_only=True)
         except Exception:                     # no cache (None), none yet, or damaged: make it anew
@@ -344,8 +345,8 @@ hand                                    skin    ball    -3 -1.6 -.25  -3 1.6 -.2
 arm                                     skin    ball    0 0 -2        0 0 16        2.6 2.6
 arm                                     sleeve  tube    0 0 8         0 0 40        3.9 3.9
 """
-# How a hand holds a thing, 8 triples, cm: height and radius of the work, radius of what is held;
-# the palm's place; directions of thumb; of palm; bends of a finger (degrees); joints of the thumb.
+# How a hand holds a thing, 8 triples: height and radius of the work, radius of what is held; place
+# of its middle; directions of thumb; of palm; bends of a finger (degrees); joints of the thumb; cm.
 GRIPS = {
     "tool": "0 0 1.3  0 0 0  0 0 1  -.66 -.75 0  62 88 48  -5 .5 2  -2.5 3.7 4.6  1.2 4.9 4.2",
     "bowl": "4.5 3.5 7.5  0 0 5  0 0 1  -1 0 0  25 25 18  -5 .5 2  -2.5 1 5  1.2 2 6",

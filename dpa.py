@@ -160,7 +160,7 @@ class Block(nn.Module):
         tokens = F.embedding(patches.clamp_min(0), tokens)                    # (patches, patch, D)
         mixed = self.inter_view(tokens, mask=(patches >= 0)[:, None, None])
         x = x + g2 * mixed.flatten(0, 1).index_select(0, place).view_as(x)
-        # 4D-conditioned cross-attention to a track's coarse points; beyond the paper, and to itself
+        # 4D-conditioned cross-attention to a track's coarse points and, beyond the paper, to itself
         own = modulate(x, shift3, scale3)
         x = x + g3 * self.cross(own, torch.cat([context, own], 1), mask=mask)
         return x + g4 * self.mlp(modulate(x, shift4, scale4))

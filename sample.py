@@ -322,6 +322,7 @@ def evaluate(models, settings):
         settings.json.parent.mkdir(parents=True, exist_ok=True)
         kept = dict(json.loads(settings.json.read_bytes())) if settings.json.exists() else {}
     shape = {key: models.config[key] for key in ("size", "frames", "views", "stride")}
+    shape |= dict(seed=0, cache=None)
     dataset = open_dataset(source, split, settings.data_root, settings.mano_dir, **shape)
     count = min(settings.scenes, len(dataset))
     if count < 1:

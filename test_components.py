@@ -178,9 +178,10 @@ class TestData:
         shift = 16 * torch.arange(3).view(3, 1)
         before = behind.repeat(3, 1, 1)                                      # moves, in 3 frames
         before[..., 0] = 0.36 * behind[:, 0] + shift
-        uv = torch.cat([behind.expand_as(before), before], 1)[None]
+        behind = behind.expand_as(before)
+        uv = torch.cat([behind, before, behind], 1)[None]                    # nor last, nor first
         depth = torch.full(uv.shape[:3], 0.6)
-        depth[:, :, 64 * 96:] = 0.5
+        depth[:, :, 64 * 96:2 * 64 * 96] = 0.5
         points = data.unproject(uv, depth, *camera)
         pseudo, scale = data.tracks_to_pseudo_video(points, None, *camera, size)
         tracks, found = data.tracks_on_grid(points, camera, size, 4)
@@ -440,9 +441,12 @@ class TestNetworks:
         found = mjd.posterior_velocity(estimate, 0.5, z_t, known)
         assert close(found, alpha_dot * z_0 + sigma_dot * z_1)
 
-    def test_morton_code_interleaves_bits(self):
+    def test_morton_code_interleaves_bits_and_groups_stay_apart(self):
         cells = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [3, 5, 1], [1023, 0, 1]])
         assert dpa.morton_code(cells, 10).tolist() == [1, 2, 4, 0b010001111, 153391693]
+        group = torch.arange(9000)                       # scenes times frames
+        patches, _ = dpa.serialize(torch.randn(9000, 3), group, 1)
+        assert torch.equal(patches[:, 0], group)
 
     def test_chamfer_distance_equals_its_formula(self):
         a, b = torch.randn(2, 7, 3), torch.randn(2, 9, 3)
@@ -682,12 +686,12 @@ def spoiled(key, change):
 
 
 BAD = {
-    run: """--rate nan;--size 30x40;--frames 4;--steps 9 --rate 1e30;--resume;--out FILE;--data taco
-        ;--data nothing:Here;--out ../trained --preset small;--out ../trained --stage all
-        ;--out ../trained --stage vae --resume;--out ../trained --resume --views 1
-        ;--out ../trained --resume --data data:SyntheticHOI;--seed 1000000""",
+    run: """--rate nan;--steps -1;--size 30x40;--frames 4;--steps 9 --rate 1e30;--resume
+        ;--out FILE;--data taco;--data nothing:Here;--out ../trained --preset small
+        ;--out ../trained --stage all;--out ../trained --stage vae --resume;--seed 1000000
+        ;--out ../trained --resume --views 1;--out ../trained --resume --data data:SyntheticHOI""",
     shoot: """--ref none.png;--ref NAN.tiff;--ref REF REF REF;--prompt=;--cameras FILE
-        ;--prompt a,b,c,d,e,f,g,h,i,j,k,l,m,n,o,p;--eta nan
+        ;--prompt a,b,c,d,e,f,g,h,i,j,k,l,m,n,o,p;--eta nan;--eta 2
         ;--weights FILE;--weights ../NAN.pt;--weights ../HOSTILE.pt"""}
 
 
@@ -751,6 +755,7 @@ class TestPrograms:
         (spoiled("scale", torch.Tensor.numpy), "--data data:Spoiled", "scale"),
         (spoiled("scale", lambda x, good=iter([1, 1]): x * next(good, math.nan)),
          "--data data:Spoiled", "data .*scale"),
+        ((data, "Spoiled", lambda *_, **__: [1]), "--data data:Spoiled", "MODULE:CLASS .*iterable"),
         ((train, "DataLoader", Mock(side_effect=RuntimeError("Bus error"))),
          "--workers 1 --resume", "--workers 0"),
         ((torch, "save", Mock(side_effect=OSError(99 * "trace " + "No space"))), "", "No space")])

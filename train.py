@@ -34,7 +34,7 @@ from mjd import PATCH, Attention
 
 STAGES = {"vae": ["vae"], "base": ["mjd"], "dpa": ["dpa"], "joint": ["mjd", "dpa"]}   # trains what
 LOG_EVERY, SAVE_EVERY = 20, 300      # steps, seconds
-UNGUIDED, SINGLE_VIEW, TEXT_DROPOUT = 3, 5, 0.1    # every 3rd joint step, 5th (not vae), share
+UNGUIDED, SINGLE_VIEW, TEXT_DROPOUT = 3, 5, 0.1    # each third of joint, each fifth, share
 RANK = int(os.environ.get("RANK", 0))                # this process, of WORLD that torchrun starts
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -42,7 +42,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")     # or it grow
 warnings.filterwarnings("ignore", ".*returned a view")     # FSDP2's; nothing changes it in place
 
 # Sizes, distinct scenes, peak rates; lengths of stages: shares of `minutes` (small's: the hour of
-# two CPU cores), or where that is None steps
+# two CPU cores), or where that is None steps. The others inherit what they do not say.
 SMALL = dict(size=(64, 96), frames=13, views=3, stride=4, batch=4, scenes=800, compile=True,
              checkpointing=False, rates=dict(vae=1e-3, mjd=1.5e-3, dpa=2e-3), minutes=56,
              lengths=dict(vae=7, base=20, dpa=9, joint=20), path="flow",
@@ -305,7 +305,7 @@ def validate(settings, models, stage, step):
     try:
         batch = next(batches(settings.held_out, 4, 0, models.device))
     except ValueError as error:                                  # training can go on without
-        return report(f"no validation: {error}")
+        return print(f"no validation: {error}")
     truth, tracks = batch["video"], batch["tracks"]
     scores = {"still_dB": moving_psnr(truth[:, :, :, :1].expand_as(truth), truth)}
     with torch.autocast(models.device.type, torch.bfloat16, settings.bf16):
@@ -368,7 +368,7 @@ def train(arguments=None):
             for block in models.mjd.blocks:        # all share one compiled program
                 block.forward = torch.compile(block.forward)
     except Exception as error:
-        report(f"--compile: going on without, as torch failed: {error!r:.150}")
+        print(f"--compile: going on without, as torch failed: {error!r:.150}")
     parts = *models.mjd.blocks, *models.dpa.blocks, *models.vae.encoder, *models.vae.decoder
     for part in parts if settings.checkpointing else ():         # less memory, computed twice
         part.forward = partial(checkpoint, part.forward, use_reentrant=False)
