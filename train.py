@@ -34,7 +34,7 @@ from mjd import PATCH, Attention
 
 STAGES = {"vae": ["vae"], "base": ["mjd"], "dpa": ["dpa"], "joint": ["mjd", "dpa"]}   # trains what
 LOG_EVERY, SAVE_EVERY = 20, 300      # steps, seconds
-UNGUIDED, SINGLE_VIEW, TEXT_DROPOUT = 3, 5, 0.1    # each third of joint, each fifth, share
+UNGUIDED, SINGLE_VIEW, TEXT_DROPOUT = 3, 5, 0.1   # each third step of joint, fifth but vae's; share
 RANK = int(os.environ.get("RANK", 0))                # this process, of WORLD that torchrun starts
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
