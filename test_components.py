@@ -530,10 +530,16 @@ class TestNetworks:
         carried = data.carry_references(last.tracks[0], visible, cameras, pictures, given[0], 4)
         assert close(last.guidance[0, :, 0], models.vae.encode(carried), 1e-4)
 
-    def test_a_scene_without_tracks_does_not_train_the_aligner(self, models, batch):
+    def test_every_other_scene_and_one_without_tracks_do_not_train_the_aligner(
+            self, models, batch):
+        given = torch.tensor([[True, False]])
         nothing = batch | {"visible": batch["visible"] & False}
-        losses = cycle.joint_losses(models, nothing, torch.tensor([[True, False]]))
+        losses = cycle.joint_losses(models, nothing, given)
         assert losses["points"] == losses["chamfer"] == 0
+        for first, second, taught in ((nothing, batch, False), (batch, nothing, True)):
+            both = {key: torch.cat([first[key], second[key]]) for key in batch.keys() - {"prompt"}}
+            losses = cycle.joint_losses(models, both | {"prompt": ["", ""]}, given.repeat(2, 1))
+            assert (losses["points"] > 0) == (losses["chamfer"] > 0) == taught
 
     def test_zero_rounds_equal_the_plain_sampler(self, models, batch):
         closed, opened = states(models, batch), states(models, batch, loop=False)
@@ -581,6 +587,20 @@ class TestNetworks:
         found = sample.scores(sample.generate(models, scene, one=True, steps=2), scene)
         assert found["psnr_moving"] > 16.7                                   # 17.16
         assert found["rpe"] < 2.6                                            # 2.05
+
+    @each("shape", [(24, 8), (8, 24)])
+    def test_muon_moves_matrices_alike_in_all_directions(self, shape):
+        matrix, other = [torch.zeros(shape, requires_grad=True) for _ in range(2)]
+        optimiser = train.Muon([matrix, other], lr=0.1)
+        optimiser.matrices = {matrix}
+        gradient = torch.randn(shape)
+        for weight in (matrix, other):
+            weight.grad = gradient.clone()
+        optimiser.step()
+        u, _, v = torch.linalg.svd(gradient, full_matrices=False)
+        along = -(u.mT @ matrix.detach() @ v.mT) / (0.5 * 0.1 * 24 ** 0.5)
+        assert close(along, torch.eye(8), 0.4)
+        assert close(other, -0.1 * gradient.sign())                          # AdamW's first step
 
     @each("stage, path", [("vae", "flow"), ("base", "flow"), ("base", "cosine"), ("dpa", "flow")])
     def test_each_network_overfits_one_scene(self, models, batch, stage, path):
@@ -724,6 +744,7 @@ class TestPrograms:
         apart = (kept["weights"]["mjd.modality"] - average["mjd.modality"]).abs().mean()
         assert 0 < apart < 2e-4
         assert kept["optimiser"]["param_groups"][0]["lr"] == pytest.approx(7.625e-4)
+        assert "momentum" in kept["optimiser"]["state"]["mjd.blocks.0.mlp.0.weight"]     # Muon's
         assert run("out", "--stage dpa --minutes 1e-9 --size 48x48 --frames 9") == 0
         weights = torch.load("out/checkpoint.pt")["weights"]
         assert torch.equal(weights["mjd.modality"], average["mjd.modality"])
