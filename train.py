@@ -255,7 +255,7 @@ class Muon(torch.optim.AdamW):
                 if weight not in self.matrices:
                     continue
                 state = self.state[weight]
-                if not state:
+                if "momentum" not in state:
                     state["step"] = torch.zeros((), device=weight.device)      # AdamW expects it
                     state["momentum"] = torch.zeros_like(weight)
                 momentum = state["momentum"].lerp_(weight.grad, 0.05)
