@@ -162,7 +162,7 @@ def draw_guidance(models, tracks, valid, scale, cameras, references, given):
 
 def joint_losses(models, batch, given, loop=True, aligned=True):
     """Alg. 1, one training step: a collated sample dict (B,V,...) and given (B,V), views whose z_I
-    is shown -> the parts of L. loop=False: without line 3; aligned=False (Sec. 4.2): 5 and 6."""
+    is shown -> dict of L's parts. loop=False: no line 3; aligned=False, MJD's warm-up: no 5, 6."""
     vae, mjd, dpa, scheduler = models.vae, models.mjd, models.dpa, models.scheduler
     cameras, P = (batch["intrinsics"], batch["extrinsics"]), batch["prompt"]
     # line 1: s and M_pv (of all surface points) are the sample's; encode (z_V starts with z_I)
