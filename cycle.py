@@ -199,7 +199,7 @@ def joint_losses(models, batch, given, loop=True, aligned=True):
         clean, _ = scheduler.predict(v_Mpv, z_Mpvt, t)
         coarse, valid = read_tracks(models, clean, s_hat, cameras)
         valid[1::2] = False           # ours: every other scene teaches nearly as much as all
-        # line 6: M_bar = G_DPA(M_t, coarse, t); Eq. 4 on tracks that are read and truly visible
+        # line 6: M_bar = G_DPA(M_t, coarse, t); Eq. 4 on tracks read and visible (Chamfer: 256)
         v_M = dpa(M_t, coarse, valid, t, coefficients, anchors, eyes)
         error_M = (v_M - scheduler.velocity(M, noise_M, t)).square().mean((2, 4))
         scored = valid.any(2) & batch["visible"].any(2)                       # (B, V, K)
@@ -208,7 +208,7 @@ def joint_losses(models, batch, given, loop=True, aligned=True):
         picked = torch.multinomial(scored.flatten(1) + 1e-9, 256, replacement=True)     # (B, 256)
         clouds = rearrange([M_bar, M], "two b v n k c -> two b n (v k) c")
         clouds = clouds.take_along_dim(picked[None, :, None, :, None], 3)     # (2, B, N, 256, 3)
-        losses["chamfer"] = chamfer_distance(*clouds.flatten(1, 2))
+        losses["chamfer"] = chamfer_distance(*clouds[:, ::2].flatten(1, 2))
     return losses                                                         # line 7: L is their sum
 
 

@@ -18,7 +18,6 @@ Units and frames, everywhere in this project
 Run `python data.py` for a look at one scene (out/data.png).
 """
 
-import errno
 import io
 import itertools
 import json
@@ -30,6 +29,7 @@ import re
 import subprocess
 import time
 from dataclasses import dataclass
+from errno import ENOSPC, EROFS
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -152,8 +152,8 @@ def splat(uv, depth, shown, size, radius):
         distance = torch.hypot(x, y)
         drawn = shown & (distance <= radius)
         pixel = torch.where(drawn, pixel, pixels)
-        order = (depth + 0.002 * distance).clamp(0, 1e4)
-        key = ((1e4 * order).long() << 24) | point
+        order = 1e4 * (depth + 0.002 * distance)
+        key = (order.long() << 24) | point
         buffer.scatter_reduce_(2, pixel, key, "amin")
     buffer = buffer[..., :-1].unflatten(2, size)
     return buffer & 0xFFFFFF, buffer < 2 ** 62
@@ -247,7 +247,7 @@ def pseudo_video_to_tracks(pseudo, scale, intrinsics, extrinsics, stride):
         total.index_add_(0, slot, vote * weight[:, None])
     total = total.view(views, frames, -1, 4)                                  # (V, N, K, 4)
     weight = total[..., 3:]
-    mean = total / weight.clamp_min(1e-6)
+    mean = total / weight                                                     # NaN where 0
     uv, depth = mean[..., :2], mean[..., 2]
     centres = track_grid(size, stride).to(pseudo)
     x, y = centres.long().unbind(-1)
@@ -785,7 +785,7 @@ class TACO(Scenes):
                 if name not in self.report:
                     return self.cached(f"taco7 {name}", lambda: self.read(name))
             except Exception as error:                 # of a damaged file readers raise anything
-                if getattr(error, "errno", None) == errno.ENOSPC:       # the cache's disk is full
+                if getattr(error, "errno", None) in (ENOSPC, EROFS):          # the cache's
                     raise
                 self.leave_out(name, error)
         raise ValueError(f"{self.report}: expected a readable sequence, got none")
@@ -936,8 +936,8 @@ def open_dataset(name, split, root, mano_dir, length=None, **settings):
     except (ImportError, AttributeError, TypeError, LookupError) as error:
         raise ValueError(f"--data: expected synthetic, taco or MODULE:CLASS (see README): {error}")
     example = SyntheticHOI("val", **settings)[0]
-    for key in example.keys() - {"part"}:
-        pair = example[key], own.get(key)
+    for key in (example.keys() | own.keys()) - {"part"}:
+        pair = example.get(key), own.get(key)
         wanted, got = [(getattr(x, "dtype", type(x)), getattr(x, "shape", "")) for x in pair]
         if got != wanted:
             raise ValueError(f"--data: expected {key}: {wanted}, got {got}")

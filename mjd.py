@@ -371,7 +371,7 @@ class MJD(nn.Module):
         x = torch.cat([special, x.flatten(2, 3)], 2)                          # (B, V, T, D)
         # Kinds of token: 0 the video's first frame (its t = 0 if given), 1 its others; 2 motion, 3
         # scale and register. 0 and 1 are modulated with the video's weights, 2 and 3 the motion's.
-        time = t[:, None, None] * ~F.pad(given[..., None], (0, 3))            # (B, V, 4)
+        time = torch.where(F.pad(given[..., None], (0, 3)), 0.0, t[:, None, None])   # (B, V, 4)
         features = self.time(timestep_embedding(time, 256))                   # (B, V, 4, D)
         rows = self.time_rows(features.unflatten(2, (2, 2))).flatten(2, 3)    # (B, V, 4, 6D)
         places = height * width // PATCH ** 2

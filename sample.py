@@ -7,7 +7,7 @@
 
 It writes into --out video_view*.mp4 and motion_view*.mp4 (enlarged), overview.png, overview.gif,
 viewer.html, tracks.npz: a view's own tracks (V,N,K,3), metres, world, good if ever valid (V,N,K);
-anchors (K,2), cameras (at the checkpoint's size), scale, fps, prompt. Same seed, same files.
+anchors (K,2), cameras (at the checkpoint's size), scale, fps, prompt. Same seed, same files (CPU).
 """
 
 import argparse

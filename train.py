@@ -34,7 +34,7 @@ from mjd import PATCH, Attention
 
 STAGES = {"vae": ["vae"], "base": ["mjd"], "dpa": ["dpa"], "joint": ["mjd", "dpa"]}   # trains what
 LOG_EVERY, SAVE_EVERY = 20, 300      # steps, seconds
-UNGUIDED, SINGLE_VIEW, TEXT_DROPOUT = 3, 5, 0.1   # each third step of joint, fifth but vae's; share
+UNGUIDED, SINGLE_VIEW, TEXT_DROPOUT = 3, 5, 0.1   # ours: each third step of joint, fifth but vae's
 RANK = int(os.environ.get("RANK", 0))                # this process, of WORLD that torchrun starts
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -232,8 +232,8 @@ def report(text, **numbers):
 
 
 def orthogonal(matrix):
-    """The matrix with its singular values made about 1: three steps of Newton and Schulz, with the
-    coefficients of Muon (Jordan et al. 2024)."""
+    """The matrix with its singular values made about 1, the smallest ones at least larger: three
+    steps of Newton and Schulz in place of Muon's five (Jordan et al. 2024), its coefficients."""
     wide = matrix.shape[0] < matrix.shape[1]
     x = matrix.mT if wide else matrix
     x = x / (x.norm() + 1e-7)
@@ -245,8 +245,8 @@ def orthogonal(matrix):
 
 @torch.no_grad()
 def take_step(optimiser, matrices):
-    """Beyond the paper: a step of AdamW's, after which each of `matrices` has gone alike in all
-    directions, its numbers by about half of the rate. So the MJD learns in half of the steps."""
+    """Beyond the paper: Adam's step, but each of `matrices` goes about as far in all directions,
+    its numbers by half of the rate. So the MJD learns in half of the steps."""
     before = [matrix.clone() for matrix in matrices]
     optimiser.step()
     for matrix, old in zip(matrices, before):
@@ -255,15 +255,15 @@ def take_step(optimiser, matrices):
 
 
 def train_stage(stage, settings, models, averaged, data, saved):
-    """Runs a stage, or what is left of it after `saved`, used up here. False: Ctrl-C ended it."""
+    """Runs a stage, or what is left of it after `saved` (emptied). False: Ctrl-C ended it."""
     device = models.device
     for name, network in models.named_children():
         network.requires_grad_(name in STAGES[stage])
     groups = [dict(params=getattr(models, name).parameters()) for name in STAGES[stage]]
-    optimiser = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    optimiser = torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
     layers = [m for m in models.mjd.blocks.modules() if isinstance(m, torch.nn.Linear)]
     matrices = [layer.weight for layer in layers if layer.weight.requires_grad]
-    dcp.get_optimizer_state_dict(models, optimiser)      # makes its state, of unused weights too
+    dcp.get_optimizer_state_dict(models, optimiser)    # makes a state of weights never used, too
     step, spent = saved.pop("step", 0), saved.pop("spent", 0.0)
     if "optimiser" in saved:
         dcp.set_optimizer_state_dict(models, optimiser, saved.pop("optimiser"), options=WHOLE)
@@ -379,7 +379,7 @@ def train(arguments=None):
         saved = torch.load(source, map_location="cpu", weights_only=True, mmap=WORLD > 1)
         if saved["stage"] not in settings.stages:
             raise ValueError(f"--resume: expected --stage {saved['stage']}, where {source} is")
-        models.load_state_dict(saved["weights"])
+        models.load_state_dict(saved.pop("weights"))
     done = [run["stage"] for run in models.config["trained"]]
     report(f"from {source} (trained: {done}) into {settings.out}, on {device.type}")
     Attention.fused = settings.fused
