@@ -78,7 +78,7 @@ TREE = ["(hammer, spoon, bowl)/019", "(pour in some, cup, bowl)/020", "(stir, ru
         "(stir, spoon, pan)/022", "(stir, spoon, cup)/023", "(stir, spoon, toy)/024"]
 PARTS = "Hand_Poses", "Object_Poses", "Allocentric_Camera_Parameters", "Allocentric_RGB_Videos"
 VALIDATE = train.validate
-PARENTS = [2 ** 32 - 1, 0, 1, 2, 0, 4, 5, 0, 7, 8, 0, 10, 11, 0, 13, 14]
+PARENTS = [0xFFFFFFFF, 0, 1, 2, 0, 4, 5, 0, 7, 8, 0, 10, 11, 0, 13, 14]
 Ch, csc_matrix = [type(name, (SimpleNamespace,), {}) for name in ("Ch", "csc_matrix")]
 
 
@@ -598,7 +598,7 @@ class TestNetworks:
         plain = -matrix.grad.sign()                                          # Adam's first step
         assert close(other, -0.1 * other.grad.sign())
         u, _, v = torch.linalg.svd(plain, full_matrices=False)
-        along = u.mT @ matrix.detach() @ v.mT / (0.5 * 0.1 * 24 ** 0.5)
+        along = u.mT @ matrix.detach() @ v.mT / (0.05 * 24 ** 0.5)
         assert close(along, torch.eye(8), 0.4)
 
     @each("stage, path", [("vae", "flow"), ("base", "flow"), ("base", "cosine"), ("dpa", "flow")])
@@ -700,7 +700,7 @@ def spoiled(key, change):
     class Spoiled(data.SyntheticHOI):
         def __getitem__(self, index):
             found = super().__getitem__(index)
-            return found | {key: change(found[key])}
+            return found | {key: change(found.get(key))}
     return data, "Spoiled", Spoiled
 
 
@@ -745,7 +745,7 @@ class TestPrograms:
         apart = (kept["weights"]["mjd.modality"] - average["mjd.modality"]).abs().mean()
         assert 0 < apart < 2e-4
         assert kept["optimiser"]["param_groups"][0]["lr"] == pytest.approx(7.625e-4)
-        assert evened.call_count == 2 * 2 * 11                       # steps, blocks, matrices
+        assert evened.call_count == 44               # 11 matrices of 2 blocks, in 2 steps
         assert run("out", "--stage dpa --minutes 1e-9 --size 48x48 --frames 9") == 0
         weights = torch.load("out/checkpoint.pt")["weights"]
         assert torch.equal(weights["mjd.modality"], average["mjd.modality"])
@@ -775,6 +775,7 @@ class TestPrograms:
         (spoiled("pseudo", torch.Tensor.abs), "--data data:Spoiled", "pseudo"),
         (spoiled("video", lambda x: 2 * x + 1), "--data data:Spoiled", "video -?.* to [23]"),
         (spoiled("scale", torch.Tensor.numpy), "--data data:Spoiled", "scale"),
+        (spoiled("name", str), "--data data:Spoiled", "name"),
         (spoiled("scale", lambda x, good=iter([1, 1]): x * next(good, math.nan)),
          "--data data:Spoiled", "data .*scale"),
         ((data, "Spoiled", lambda *_, **__: [1]), "--data data:Spoiled", "MODULE:CLASS .*iterable"),
