@@ -156,8 +156,8 @@ def stage_losses(stage, models, batch, step):
         return vae_losses(models.vae, batch)
     prompts = batch.pop("prompt")
     if step % SINGLE_VIEW == 0:           # the paper: in the MJD's warm-up always, then never
-        prompts = [prompt for prompt in prompts for _ in batch["scale"][0]]
-        batch = {key: fold(x)[:, None] for key, x in batch.items()}           # (B V,1,...)
+        prompts = prompts * batch["scale"].shape[1]
+        batch = {key: fold(x.transpose(0, 1))[:, None] for key, x in batch.items()}   # (V B,1,...)
     batch["prompt"] = [prompt if torch.rand(()) > TEXT_DROPOUT else "" for prompt in prompts]
     # Of each sample 1..V references are shown, each number as often: so one is enough to sample.
     count, views = batch["scale"].shape[:2]
