@@ -90,7 +90,7 @@ class DDIMScheduler:
 class Models(nn.Module):
     """The three networks, new, and what a checkpoint knows of them: config holds "vae", "mjd" and
     "dpa" (keyword dicts), "path", "size", "frames", "views", "stride", and from train.py "data",
-    "rig" and "trained"."""
+    "seed", "rig" and "trained"."""
     device = property(lambda models: models.mjd.special.device)
 
     def __init__(self, config):

@@ -708,7 +708,7 @@ BAD = {
     run: """--rate nan;--steps -1;--size 30x40;--frames 4;--steps 9 --rate 1e30;--resume
         ;--out FILE;--data taco;--data nothing:Here;--out ../trained --preset small
         ;--out ../trained --stage all;--out ../trained --stage vae --resume;--seed 1000000
-        ;--out ../trained --resume --views 1;--out ../trained --resume --data data:SyntheticHOI""",
+        ;--out ../trained --resume --seed 1;--out ../trained --resume --data data:SyntheticHOI""",
     shoot: """--ref none.png;--ref NAN.tiff;--ref REF REF REF;--prompt=;--cameras FILE
         ;--prompt a,b,c,d,e,f,g,h,i,j,k,l,m,n,o,p;--eta nan;--eta 2
         ;--weights FILE;--weights ../NAN.pt;--weights ../HOSTILE.pt"""}

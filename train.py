@@ -110,7 +110,7 @@ def parse(arguments=None):
         parser.error("--seed: expected 0 to 999,999")
     if settings.data == "synthetic" and settings.scenes and not settings.cache:
         settings.cache = settings.out / "scenes"
-    settings.shape = {name: vars(settings)[name] for name in ("size", "frames", "views", "stride")}
+    settings.shape = {key: vars(settings)[key] for key in "size frames views stride seed".split()}
     settings.stages = list(STAGES) if settings.stage == "all" else [settings.stage]
     if settings.steps:
         settings.minutes, settings.lengths = None, dict.fromkeys(STAGES, settings.steps)
@@ -181,8 +181,8 @@ def load(settings):
             return Models(wanted | dict(trained=[])), "new weights"
     models = load_models(source)                        # the average
     if (models.config | wanted) != models.config:
-        raise ValueError(f"{source}: expected networks, path and (with --resume) --data, --size, "
-                         "--views, --frames as then: repeat them, or --stage all with a new --out")
+        raise ValueError(f"{source}: expected networks, path and (with --resume) --data, --seed, "
+                         "--size, --views, --frames as then: repeat them or --stage all, new --out")
     return models, source
 
 
@@ -369,7 +369,7 @@ def train(arguments=None):
     models, source = load(settings)
     models.to(device).vae.latent_size(settings.frames, *settings.size)    # or it says what fits
     folders = settings.data_root, settings.mano_dir
-    shape = settings.shape | dict(seed=settings.seed, cache=settings.cache)
+    shape = settings.shape | dict(cache=settings.cache)
     dataset = open_dataset(settings.data, "train", *folders, settings.scenes, **shape)
     settings.held_out = open_dataset(settings.data, "val", *folders, **shape)
     measure(models, dataset, settings)
