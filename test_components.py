@@ -531,7 +531,9 @@ class TestNetworks:
         assert close(last.guidance[0, :, 0], models.vae.encode(carried), 1e-4)
 
     def test_every_other_scene_and_one_without_tracks_do_not_train_the_aligner(
-            self, models, batch):
+            self, models, batch, monkeypatch):
+        distance = Mock(wraps=dpa.chamfer_distance)
+        monkeypatch.setattr(cycle, "chamfer_distance", distance)
         given = torch.tensor([[True, False]])
         nothing = batch | {"visible": batch["visible"] & False}
         losses = cycle.joint_losses(models, nothing, given)
@@ -540,6 +542,7 @@ class TestNetworks:
             both = {key: torch.cat([first[key], second[key]]) for key in batch.keys() - {"prompt"}}
             losses = cycle.joint_losses(models, both | {"prompt": ["", ""]}, given.repeat(2, 1))
             assert (losses["points"] > 0) == (losses["chamfer"] > 0) == taught
+            assert len(distance.call_args.args[0]) == 5                # clouds: frames of the first
 
     def test_zero_rounds_equal_the_plain_sampler(self, models, batch):
         closed, opened = states(models, batch), states(models, batch, loop=False)
@@ -573,6 +576,7 @@ class TestNetworks:
             batch = {"prompt": ["one", "two"], "scale": scale}
             train.stage_losses("joint", Mock(device="cpu"), batch, step)
             _, batch, given, loop = losses.call_args.args
+            assert batch["scale"][:2, 0, 0].tolist() == [1, 2]      # so each view is ever a first
             loops.append(loop)
             counts += given.sum(1).tolist()
             pairs += zip(batch["prompt"], batch["scale"][:, 0, 0].tolist())

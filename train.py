@@ -233,7 +233,7 @@ def report(text, **numbers):
 
 def orthogonal(matrix):
     """The matrix with its singular values made about 1, the smallest ones at least larger: three
-    steps of Newton and Schulz in place of Muon's five (Jordan et al. 2024), its coefficients."""
+    steps of Newton and Schulz, with their coefficients in Muon (Jordan et al. 2024; it takes 5)."""
     wide = matrix.shape[0] < matrix.shape[1]
     x = matrix.mT if wide else matrix
     x = x / (x.norm() + 1e-7)
