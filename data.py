@@ -953,8 +953,6 @@ def open_dataset(name, split, root, mano_dir, length=None, **settings):
     return dataset
 
 
-# --------------------------------------------------------------------------------------- lesson
-
 def film_strip(clip, columns):
     """Frames of a clip (3,N,H,W) in [-1,1], evenly spread, side by side (H,columns W,3) uint8."""
     which = torch.linspace(0, clip.shape[1] - 1, columns)

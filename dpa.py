@@ -11,9 +11,8 @@ tracks and noisy points M_t = alpha M + sigma eps, and estimates the velocity of
            3. cross-attention        of a track to its coarse 4D points, all its frames
            4. MLP
 
-B batch, V views, N frames, K tracks a view, T = R N tokens, X occupied voxels, D width; a group is
-one time step of one scene. Points are metres in the world outside and `DPA.normalise`d, about
-[-2, 2], inside the network. `python dpa.py` aligns toy tracks of three views (out/dpa.png).
+Glossary: mjd.py's; T = R N tokens, X voxels in use; a group is one time step of one scene. Points:
+metres, world; inside the network `DPA.normalise`d. `python dpa.py` aligns toy tracks (out/dpa.png).
 """
 
 from pathlib import Path
@@ -167,8 +166,7 @@ class Block(nn.Module):
 
 
 class DPA(nn.Module):
-    """The aligner G_DPA of Eq. 4; patch: tokens that attend to each other. The paper does not give
-    its size. train.py measures the buffer scene_centre, the middle of a typical scene."""
+    """The aligner G_DPA of Eq. 4, with `patch` tokens a patch; train.py measures scene_centre."""
     def __init__(self, dim, depth, heads, patch):
         super().__init__()
         self.patch = patch
@@ -242,11 +240,8 @@ def chamfer_distance(a, b):
     return 3 * (F.mse_loss(near_a, a) + F.mse_loss(near_b, b))                # 3: the sum over xyz
 
 
-# ---------------------------------------------------------------- lesson
-
 def toy_scenes(count):
-    """Points (B,V,N,K,3) of a drifting ball, metres, and arguments of the DPA: three cameras, whose
-    coarse tracks err along the ray, by one offset a track."""
+    """Points (B,V,N,K,3) of a drifting ball, m, and the DPA's arguments: cameras err along rays."""
     eyes = torch.tensor([[-.36, -.35, .3], [0, -.5, .3], [.36, -.35, .3]]).expand(count, 3, 3)
     towards = torch.tensor([0, -1, 1]) + torch.randn(count, 3, 1, 48, 3)      # facing the cameras
     drift = torch.arange(4)[:, None, None] * torch.randn(count, 1, 1, 1, 3)
