@@ -131,8 +131,7 @@ def conditions(models, cameras, given, size):
     anchors = track_grid(size, models.config["stride"]).to(rays)
     anchors /= rays.new_tensor(size).flip(0)
     n, _, _ = models.vae.latent_size(models.config["frames"], *size)
-    fixed = nn.functional.pad(given[..., None], (0, n - 1))
-    fixed = rearrange(fixed, "b v n -> b v 1 n 1 1")
+    fixed = nn.functional.pad(given[..., None, None, None, None], (0, 0, 0, 0, 0, n - 1))
     return rays, anchors, camera_centres(cameras[1]), fixed, usual_scale(models, cameras[1])
 
 
@@ -289,17 +288,20 @@ def use_bf16(device):
     return cpuinfo.exists() and "_bf16" in cpuinfo.read_text()
 
 
-def run_program(name, work):
-    """work() -> exit code; what people do wrong becomes one sentence and exit code 2."""
-    try:
-        work()
-        return 0
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):       # memory
-            raise
-        message = " ".join(str(error).split())
-    print(f"{name}: {message[-500:]}", file=sys.stderr)   # a data worker's begins with a traceback
-    return 2
+def program(work):
+    """Makes of work(arguments) a main() that gives the exit code: what people do wrong becomes one
+    sentence and code 2."""
+    def main(arguments=None):
+        try:
+            work(arguments)
+            return 0
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "allocate" not in str(error):       # memory
+                raise
+            message = " ".join(str(error).split())
+        print(f"error: {message[-500:]}", file=sys.stderr)      # a worker's begins with a traceback
+        return 2
+    return main
 
 
 def lesson():

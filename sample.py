@@ -6,8 +6,9 @@
     python sample.py --eval --json eval.json                    # the numbers of the README
 
 It writes into --out video_view*.mp4 and motion_view*.mp4 (enlarged), overview.png, overview.gif,
-viewer.html, tracks.npz: a view's own tracks (V,N,K,3), metres, world, good if ever valid (V,N,K);
-anchors (K,2), cameras (at the checkpoint's size), scale, fps, prompt. Same seed, same files (CPU).
+viewer.html, tracks.npz: a view's own tracks (V,N,K,3), metres, world, good if ever valid (V,N,K),
+with --no-dpa only where valid; anchors (K,2), cameras (at the checkpoint's size), scale, fps,
+prompt. Same seed, same files (CPU).
 """
 
 import argparse
@@ -25,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 
-from cycle import (DEVICES, SHIPPED, load_models, moving_psnr, read_tracks, run_program, sample,
+from cycle import (DEVICES, SHIPPED, load_models, moving_psnr, program, read_tracks, sample,
                    use_bf16, user_path)
 from data import (FOREGROUND_THRESHOLD, TRIPLETS, camera_centres, carry_references, film_strip,
                   open_dataset, project, track_grid, unproject)
@@ -212,7 +213,8 @@ def matching_pixels(video, scene):
     # Patches (V,N,P,D) less the mean of their clip, at length 1, or 0 where they are flat.
     centred = video - video.mean((2, 3, 4), keepdim=True)
     patches = F.unfold(rearrange(centred, "v c n h w -> (v n) c h w"), 7, stride=2).mT
-    patches = patches * (patches.std(-1, keepdim=True) > 0.1)
+    textured = patches.std(-1, keepdim=True) > 0.1
+    patches = patches * textured
     patches = F.normalize(patches, dim=-1).unflatten(0, (-1, frames))
     pixel = track_grid((height - 5, width - 5), 2) + 2.5
     pixel = F.pad(factor * pixel, (0, 1), value=1.0)                          # (P,3)
@@ -224,13 +226,13 @@ def matching_pixels(video, scene):
         # A ray of a and the centre of b span a plane: in b's picture a line.
         line = torch.linalg.cross(rays[a], (eyes[a] - eyes[b])[None]) @ to_ray[b]
         distance = (line @ pixel.mT).abs() / line[:, :2].norm(dim=1, keepdim=True)
-        for one, other in zip(patches[a], patches[b]):                        # (P,D)
-            cosine = one @ other.mT
-            best, partner = cosine.max(1)
-            mutual = cosine.argmax(0)[partner] == number
-            good = mutual & (best > 0.7) & (distance[number, partner] < 1.5 * factor)
-            counts.append(good.sum())
-    return torch.tensor(counts).float().mean()
+        cosine = patches[a] @ patches[b].mT                                   # (N,P,P)
+        best, partner = cosine.max(2)                                         # (N,P)
+        mutual = cosine.argmax(1).gather(1, partner) == number
+        near = distance[number, partner] < 1.5 * factor
+        good = mutual & near & (best > 0.7)
+        counts.append(good.sum(1))
+    return torch.cat(counts).float().mean()
 
 
 def scores(result, scene):
@@ -350,8 +352,10 @@ def evaluate(models, settings):
         settings.json.write_text(json.dumps(kept | {split: report}, indent=1))
 
 
-def run(settings):
+@program
+def main(arguments=None):
     """Does what the command line asks for."""
+    settings = parse(arguments)
     models = load_models(settings.weights, settings.device)
     Attention.fused = models.device.type == "cuda"
     if settings.print_cameras:
@@ -372,11 +376,6 @@ def run(settings):
             print("no mp4: expected ffmpeg with x264, found none: pip install imageio[ffmpeg]")
         write_results(answer(models, settings), settings.out, mp4)
         print("wrote everything into", settings.out)
-
-
-def main(arguments=None):
-    """Runs the command line; returns the exit code."""
-    return run_program("sample.py", lambda: run(parse(arguments)))
 
 
 if __name__ == "__main__":

@@ -172,27 +172,24 @@ class TestData:
             assert (tracks - truth).norm(dim=3)[seen].median() < limit       # metres
 
     def test_tracks_are_visible_where_nothing_is_before_them(self):
-        size = 64, 96
-        camera = data.camera_rig(1, size)
-        behind = 0.7 * data.pixel_centres(size).flatten(0, 1) + 10           # two plates
-        shift = 16 * torch.arange(3).view(3, 1)
-        before = behind.repeat(3, 1, 1)                                      # moves, in 3 frames
-        before[..., 0] = 0.36 * behind[:, 0] + shift
-        behind = behind.expand_as(before)
-        uv = torch.cat([behind, before, behind], 1)[None]                    # nor last, nor first
-        depth = torch.full(uv.shape[:3], 0.6)
-        depth[:, :, 64 * 96:2 * 64 * 96] = 0.5
-        points = data.unproject(uv, depth, *camera)
-        pseudo, scale = data.tracks_to_pseudo_video(points, None, *camera, size)
-        tracks, found = data.tracks_on_grid(points, camera, size, 4)
-        video = torch.zeros(3, 3, *size)
+        camera, anchors = data.camera_rig(1, (64, 96)), data.track_grid((64, 96), 4)
+        depth = torch.full((1, 2, 64, 96), 0.6)                              # metres
+        depth[:, 1, :, :50] = 0.5        # a plate has come, up to the middle of the 13th cell
+        own = data.pixel_centres((64, 96)).expand(1, 2, -1, -1, -1)
+        pseudo, scale = data.colour(own, depth, depth > 0)
+        uv, found = anchors.expand(1, 2, -1, -1), anchors[:, 1] > 8
+        away = torch.full((1, 2, 384), 0.6)
+        tracks = data.unproject(uv, away, *camera)
+        video = torch.zeros(3, 2, 64, 96)
         visible = data.one_view(video, pseudo, scale, tracks, found, camera)["visible"]
-        uv, depth = data.project(tracks, *camera)
-        edge = (uv[0, :, :, 0] - shift - 15.7).abs() - 12.1                  # pixels from it
-        free = (depth[0] < 0.55) | (edge > 0)
-        clear = found & (edge.abs() > 1.5)
-        assert torch.equal(visible[clear], free[clear])
-        assert not free[clear].all()
+        assert torch.equal(visible[0], found)
+        assert torch.equal(visible[1], found & (anchors[:, 0] > 48))
+
+    def test_the_nearest_point_is_drawn(self):
+        depth = torch.tensor([[[2.0, 1.0, 3.0]]])                # neither the first nor the last
+        uv = torch.full((1, 1, 3, 2), 4.5)
+        winner, hit = data.splat(uv, depth, True, (8, 8), 0.5)
+        assert winner[hit].tolist() == [1]
 
     def test_references_move_with_their_tracks(self, scene):
         given = torch.tensor([True, True, False])            # the last view's nearest: the middle
@@ -632,7 +629,7 @@ def call(program, flags):
 def one_line(capsys):
     """The error a program has printed: one sentence, its own or argparse's after the usage."""
     error = capsys.readouterr().err.strip()
-    assert "usage:" in error or re.fullmatch("(train|sample).py: .{5,510}", error)
+    assert "usage:" in error or re.fullmatch("error: .{5,510}", error)
     return error
 
 

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from cycle import (DEVICES, SHIPPED, Models, fold, joint_losses, load_models, moving_psnr,
-                   run_program, sample, use_bf16, user_path, usual_scale)
+                   program, sample, use_bf16, user_path, usual_scale)
 from data import FOREGROUND_THRESHOLD, camera_rig, film_strip, open_dataset
 from mjd import PATCH, Attention
 
@@ -288,7 +288,8 @@ def train_stage(stage, settings, models, averaged, data, saved):
             models.load_state_dict(averaged.state_dict())        # the averages go on
             return not stopped
         # Rate: a linear warm-up, a cosine to 1/20; a preset's is halved where two networks train
-        share = (0.525 + 0.475 * math.cos(math.pi * progress)) * min(1.0, progress / 0.02 + 0.005)
+        share = 0.525 + 0.475 * math.cos(math.pi * progress)
+        share *= min(1.0, progress / 0.02 + 0.005)
         for name, group in zip(STAGES[stage], optimiser.param_groups):
             group["lr"] = share * (settings.rate or settings.rates[name] / len(STAGES[stage]))
         torch.manual_seed((seed * 1_000_003 + step) * WORLD + RANK)       # one seed a step
@@ -354,7 +355,8 @@ def validate(settings, models, stage, step):
         iio.imwrite(settings.out / f"val_{stage}_{step}.png", film_strip(tall, 5).numpy())
 
 
-def train(arguments=None):
+@program
+def main(arguments=None):
     """Runs the stages of a command line."""
     settings = parse(arguments)
     device = torch.device(settings.device)
@@ -380,6 +382,7 @@ def train(arguments=None):
         if saved["stage"] not in settings.stages:
             raise ValueError(f"--resume: expected --stage {saved['stage']}, where {source} is")
         models.load_state_dict(saved.pop("weights"))
+        del saved["average"]                                     # it is in `averaged`
     done = [run["stage"] for run in models.config["trained"]]
     report(f"from {source} (trained: {done}) into {settings.out}, on {device.type}")
     Attention.fused = settings.fused
@@ -411,11 +414,6 @@ def train(arguments=None):
         if in_main:
             signal.signal(signal.SIGINT, before)
     report(f"wrote {settings.out}/weights.pt" if finished else "saved: repeat this with --resume")
-
-
-def main(arguments=None):
-    """Runs the command line; returns the exit code."""
-    return run_program("train.py", lambda: train(arguments))
 
 
 if __name__ == "__main__":
