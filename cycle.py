@@ -289,8 +289,7 @@ def use_bf16(device):
 
 
 def program(work):
-    """Makes of work(arguments) a main() that gives the exit code: what people do wrong becomes one
-    sentence and code 2."""
+    """A program of work(arguments): people's mistakes cost one sentence. Gives the exit code."""
     def main(arguments=None):
         try:
             work(arguments)
