@@ -289,7 +289,7 @@ def use_bf16(device):
 
 
 def program(work):
-    """A program of work(arguments): people's mistakes cost one sentence. Gives the exit code."""
+    """Decorator of a program: people's mistakes cost one sentence; it gives the exit code."""
     def main(arguments=None):
         try:
             work(arguments)

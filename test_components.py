@@ -185,11 +185,13 @@ class TestData:
         assert torch.equal(visible[0], found)
         assert torch.equal(visible[1], found & (anchors[:, 0] > 48))
 
-    def test_the_nearest_point_is_drawn(self):
+    def test_a_track_starts_at_the_nearest_point(self):
+        camera = data.camera_rig(1, (64, 96))
+        uv = torch.full((1, 1, 3, 2), 50.0)
         depth = torch.tensor([[[2.0, 1.0, 3.0]]])                # neither the first nor the last
-        uv = torch.full((1, 1, 3, 2), 4.5)
-        winner, hit = data.splat(uv, depth, True, (8, 8), 0.5)
-        assert winner[hit].tolist() == [1]
+        points = data.unproject(uv, depth, *camera)
+        tracks, found = data.tracks_on_grid(points, camera, (64, 96), 4)
+        assert torch.equal(tracks[0, 0, found], points[0, 0, 1:2])
 
     def test_references_move_with_their_tracks(self, scene):
         given = torch.tensor([True, True, False])            # the last view's nearest: the middle

@@ -101,7 +101,8 @@ def parse(arguments=None):
         value = getattr(settings, name)
         if value is not None and not 0 < value < math.inf:                   # so NaN is refused too
             parser.error(f"--{name}: expected a number above 0, got {value}")
-    unit = math.lcm(PATCH * settings.vae["strides"][1], settings.stride)
+    token = PATCH * settings.vae["strides"][1]                                 # pixels
+    unit = math.lcm(token, settings.stride)
     if [side % unit for side in settings.size] != [0, 0] or min(settings.size) < unit:
         parser.error(f"--size: expected HxW, both multiples of {unit}")
     if WORLD > 1 and torch.__version__ < "2.8":
@@ -288,8 +289,7 @@ def train_stage(stage, settings, models, averaged, data, saved):
             models.load_state_dict(averaged.state_dict())        # the averages go on
             return not stopped
         # Rate: a linear warm-up, a cosine to 1/20; a preset's is halved where two networks train
-        share = 0.525 + 0.475 * math.cos(math.pi * progress)
-        share *= min(1.0, progress / 0.02 + 0.005)
+        share = (0.525 + 0.475 * math.cos(math.pi * progress)) * min(1.0, progress / 0.02 + 0.005)
         for name, group in zip(STAGES[stage], optimiser.param_groups):
             group["lr"] = share * (settings.rate or settings.rates[name] / len(STAGES[stage]))
         torch.manual_seed((seed * 1_000_003 + step) * WORLD + RANK)       # one seed a step
